@@ -1,0 +1,477 @@
+"""The networks, in the order of the two papers.
+
+A VQ-VAE [1] turns a slice into a small grid of discrete codes and back: `Encoder`,
+`VectorQuantizer`, `Decoder`, `VQVAE`. A gated PixelCNN [2] learns how those codes are distributed
+and draws new grids of them: `GatedLayer`, `GatedPixelCNN`.
+
+[1] van den Oord et al. 2017, Neural Discrete Representation Learning, arXiv 1711.00937.
+[2] van den Oord et al. 2016, Conditional Image Generation with PixelCNN Decoders, arXiv 1606.05328.
+[3] Ramachandran et al. 2017, Fast Generation for Convolutional Autoregressive Models, 1704.06001.
+
+Shapes: images (B, 1, H, W) in [0, 1]; codes (B, h, w) int64 in [0, K); h = H / f, w = W / f.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ------------------------------------------------------------------------------------------------
+# Stage 1: the VQ-VAE [1]
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VQVAEConfig:
+    """Architecture of a VQ-VAE; all that is needed to rebuild it."""
+
+    n_hiddens: int = 96  # channels of the encoder and decoder
+    n_residual_hiddens: int = 96  # channels inside a residual block
+    n_residual_layers: int = 2  # residual blocks per resolution
+    embedding_dim: int = 32  # D, length of a codebook vector
+    n_embeddings: int = 512  # K, size of the codebook
+    beta: float = 0.25  # weight of the commitment term, [1] eq. 3
+    downsample: int = 8  # f, pixels per code along each axis: 4, 8 or 16
+    stem: str = "fold"  # "fold" 4 x 4 pixels into channels, or "strided" convolutions as in [1]
+    codebook: str = "ema"  # "ema", moving averages as in [1] appendix A.1, or "loss", [1] eq. 3
+    revive: bool = True  # place the codes by k-means at the start, and move those that die
+
+    def __post_init__(self):
+        if self.downsample not in (4, 8, 16):
+            raise ValueError(f"downsample must be 4, 8 or 16, not {self.downsample}")
+        if self.stem not in ("fold", "strided"):
+            raise ValueError(f"stem must be 'fold' or 'strided', not {self.stem!r}")
+        if self.codebook not in ("ema", "loss"):
+            raise ValueError(f"codebook must be 'ema' or 'loss', not {self.codebook!r}")
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1x1(relu(conv3x3(relu(x)))), as in [1] section 4.1."""
+
+    def __init__(self, channels, hidden):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.conv2 = nn.Conv2d(hidden, channels, 1)
+        nn.init.zeros_(self.conv2.weight)  # each block starts as the identity
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+def residual_stack(config):
+    """`n_residual_layers` blocks, each with weights of its own."""
+    return nn.Sequential(
+        *(
+            ResidualBlock(config.n_hiddens, config.n_residual_hiddens)
+            for _ in range(config.n_residual_layers)
+        )
+    )
+
+
+class UnitRMS(nn.Module):
+    """Scale each vector (along dim 1) to a root mean square of 1.
+
+    Without it the encoder's output grows a hundredfold in the first updates, faster than the
+    codebook can follow, and all but a few codes die.
+    """
+
+    def forward(self, z):
+        return F.normalize(z.float(), dim=1) * z.shape[1] ** 0.5
+
+
+class Encoder(nn.Sequential):
+    """(B, 1, H, W) -> (B, D, h, w): down to 1/4 by the stem, then by halves to 1/f."""
+
+    def __init__(self, config):
+        c = config.n_hiddens
+        if config.stem == "fold":
+            layers = [nn.PixelUnshuffle(4), nn.Conv2d(16, c, 3, padding=1)]
+        else:
+            layers = [
+                nn.Conv2d(1, c // 2, 4, stride=2, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(c // 2, c, 4, stride=2, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(c, c, 3, padding=1),
+            ]
+        layers.append(residual_stack(config))
+        for _ in range(int(math.log2(config.downsample)) - 2):
+            layers += [nn.ReLU(), nn.Conv2d(c, c, 4, stride=2, padding=1), residual_stack(config)]
+        layers += [nn.ReLU(), nn.Conv2d(c, config.embedding_dim, 1)]
+        if config.stem == "fold":
+            layers.append(UnitRMS())
+        super().__init__(*layers)
+
+
+class Decoder(nn.Sequential):
+    """(B, D, h, w) -> (B, 1, H, W): the encoder's mirror image."""
+
+    def __init__(self, config):
+        c = config.n_hiddens
+        layers = [nn.Conv2d(config.embedding_dim, c, 3, padding=1), residual_stack(config)]
+        for _ in range(int(math.log2(config.downsample)) - 2):
+            layers += [nn.ReLU(), nn.Conv2d(c, 4 * c, 1), nn.PixelShuffle(2)]
+            layers.append(residual_stack(config))
+        if config.stem == "fold":
+            layers += [nn.ReLU(), nn.Conv2d(c, 16, 3, padding=1), nn.PixelShuffle(4)]
+        else:
+            layers += [
+                nn.ReLU(),
+                nn.ConvTranspose2d(c, c // 2, 4, stride=2, padding=1),
+                nn.ReLU(),
+                nn.ConvTranspose2d(c // 2, 1, 4, stride=2, padding=1),
+            ]
+        super().__init__(*layers)
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest codebook vector with a straight-through gradient, [1] section 3.
+
+    With `codebook="ema"` each code is the moving average of the vectors assigned to it ([1]
+    appendix A.1), kept as (mean, count) rather than (sum, count): the same numbers, but a code that
+    is not used keeps its place exactly, and a revived code has no stale sum to be dragged back by.
+    With `revive` the first training batch places the codes (k-means), and a code that hardly any
+    vector chooses is moved onto a vector of the current batch.
+
+    All state, the data-dependent start's flag included, is in buffers and so in checkpoints.
+    Distances are computed in float32 whatever the autocast.
+    """
+
+    DECAY = 0.95  # of the moving averages, per batch; slower ones lose track of a young encoder
+    DEAD = 0.05  # a code chosen less often than this share of the mean is moved
+
+    def __init__(self, n_embeddings, embedding_dim, beta=0.25, codebook="ema", revive=True):
+        super().__init__()
+        self.n_embeddings = n_embeddings
+        self.beta = beta
+        self.revive = revive
+        vectors = torch.empty(n_embeddings, embedding_dim).uniform_(-1, 1) / n_embeddings
+        if codebook == "ema":
+            self.register_buffer("codebook", vectors)
+        else:
+            self.codebook = nn.Parameter(vectors)
+        self.learns_by_loss = codebook == "loss"
+        self.register_buffer("count", torch.ones(n_embeddings))  # moving average of uses per batch
+        self.register_buffer("initialised", torch.tensor(not revive))
+
+    def forward(self, z):
+        """Quantise z.
+
+        Args:
+            z: (B, D, h, w) encoder output.
+        Returns:
+            z_q: (B, D, h, w) codebook vectors; their gradient passes straight through to z.
+            codes: (B, h, w) int64.
+            losses: dict of scalars: "commitment", beta |z - sg(e)|^2, and with `codebook="loss"`
+                also "codebook", |sg(z) - e|^2 ([1] eq. 3).
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            flat = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # (N, D)
+            if self.training and not self.initialised:
+                self._start(flat.detach())
+            codes = self._nearest(flat.detach())
+            quantised = F.embedding(codes, self.codebook)
+            losses = {"commitment": self.beta * F.mse_loss(flat, quantised.detach())}
+            if self.learns_by_loss:
+                losses["codebook"] = F.mse_loss(quantised, flat.detach())
+            if self.training:
+                self._update(flat.detach(), codes)
+            quantised = flat + (quantised - flat).detach()
+        b, d, h, w = z.shape
+        z_q = quantised.view(b, h, w, d).permute(0, 3, 1, 2)
+        return z_q, codes.view(b, h, w), losses
+
+    def lookup(self, codes):
+        """(B, h, w) codes -> (B, D, h, w) codebook vectors."""
+        return F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
+
+    def _nearest(self, flat):
+        # |z|^2 is the same for every code, so the nearest needs only |e|^2 - 2 z.e
+        e = self.codebook.detach()
+        return torch.addmm(e.pow(2).sum(1), flat, e.t(), alpha=-2).argmin(1)
+
+    @torch.no_grad()
+    def _start(self, flat, n_steps=10):
+        """k-means on the first batch: random vectors of it, then a few Lloyd steps."""
+        self.codebook.copy_(self._draw(flat, self.n_embeddings))
+        for _ in range(n_steps):
+            n, total = self._totals(flat, self._nearest(flat))
+            self.codebook.copy_(
+                torch.where(n[:, None] > 0, total / n.clamp(min=1)[:, None], self.codebook)
+            )
+        self.count.fill_(len(flat) / self.n_embeddings)
+        self.initialised.fill_(True)
+
+    @torch.no_grad()
+    def _update(self, flat, codes):
+        n, total = self._totals(flat, codes)
+        self.count.lerp_(n, 1 - self.DECAY)
+        if not self.learns_by_loss:
+            step = (1 - self.DECAY) * (total - n[:, None] * self.codebook)
+            self.codebook.add_(step / self.count.clamp(min=1e-12)[:, None])
+        if self.revive:
+            mean = len(flat) / self.n_embeddings
+            dead = self.count < self.DEAD * mean
+            self.codebook[dead] = self._draw(flat, int(dead.sum()))
+            self.count[dead] = mean
+
+    def _totals(self, flat, codes):
+        n = torch.bincount(codes, minlength=self.n_embeddings).to(flat.dtype)
+        return n, torch.zeros_like(self.codebook).index_add_(0, codes, flat)
+
+    @staticmethod
+    def _draw(flat, n):
+        return flat[torch.randint(len(flat), (n,), device=flat.device)]
+
+
+class VQVAE(nn.Module):
+    """Encoder, vector quantiser, decoder."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quantizer = VectorQuantizer(
+            config.n_embeddings,
+            config.embedding_dim,
+            config.beta,
+            config.codebook,
+            config.revive,
+        )
+        self.decoder = Decoder(config)
+
+    def forward(self, x):
+        """(B, 1, H, W) -> reconstruction (B, 1, H, W), codes (B, h, w), losses of the quantiser."""
+        z_q, codes, losses = self.quantizer(self.encoder(x))
+        return self.decoder(z_q), codes, losses
+
+    def encode(self, x):
+        """(B, 1, H, W) in [0, 1] -> codes (B, h, w); H and W must be multiples of f."""
+        return self.quantizer(self.encoder(x))[1]
+
+    def decode(self, codes):
+        """Codes (B, h, w) -> images (B, 1, H, W)."""
+        return self.decoder(self.quantizer.lookup(codes))
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage 2: the gated PixelCNN [2]
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PixelCNNConfig:
+    """Architecture of a gated PixelCNN; all that is needed to rebuild it."""
+
+    n_embeddings: int  # K, number of different codes
+    size: tuple[int, int]  # (h, w) of the code grid
+    n_channels: int = 96
+    n_layers: int = 10
+    kernel_size: int = 5  # odd; the vertical stack sees (k + 1) / 2 rows of k codes per layer
+    dropout: float = 0.1
+    n_classes: int = 0  # number of labels; 0 for none
+
+    def __post_init__(self):
+        object.__setattr__(self, "size", tuple(self.size))
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+
+
+def gate(x):
+    """(B, 2C, ...) -> (B, C, ...): tanh(a) * sigmoid(b), [2] eq. 2."""
+    a, b = x.chunk(2, dim=1)
+    return torch.tanh(a) * torch.sigmoid(b)
+
+
+class GatedLayer(nn.Module):
+    """One layer of both stacks, [2] figure 2.
+
+    Neither kernel is masked: each is only as large as what it may see, and the padding puts it
+    where it may look. For k = 5, with o the position computed:
+
+        vertical       horizontal
+        x x x x x
+        x x x x x
+        x x o x x      x x o
+
+    The inputs of the first layer are shifted by one (see `GatedPixelCNN.forward`), the vertical
+    stack's down and the horizontal stack's to the right, so `o` itself is a code of the past.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c, k = config.n_channels, config.kernel_size
+        self.reach = k // 2  # rows above and columns to either side that the kernel covers
+        self.vertical = nn.Conv2d(c, 2 * c, (self.reach + 1, k))
+        self.horizontal = nn.Conv2d(c, 2 * c, (1, self.reach + 1))
+        self.down = nn.Conv2d(2 * c, 2 * c, 1)  # what the horizontal stack learns of the rows above
+        self.v_out = nn.Conv2d(c, c, 1)
+        self.h_out = nn.Conv2d(c, c, 1)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, v, h, condition):
+        """v, h: (B, C, h, w) of each stack; condition: (B, 2C, 1, 1), the V^T h of [2] eq. 4."""
+        r = self.reach
+        from_above = self.vertical(F.pad(v, (r, r, r, 0)))  # (B, 2C, h, w)
+        from_left = self.horizontal(F.pad(h, (r, 0, 0, 0)))
+        v = v + self.v_out(self.dropout(gate(from_above + condition)))
+        h = h + self.h_out(self.dropout(gate(from_left + self.down(from_above) + condition)))
+        return v, h
+
+
+class GatedPixelCNN(nn.Module):
+    """p(codes) = prod_i p(code_i | codes above and to the left of i, label), [2] eq. 1 and 4."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        c = config.n_channels
+        self.embedding = nn.Embedding(config.n_embeddings, c)
+        self.position = nn.Parameter(torch.zeros(1, c, *config.size))
+        self.label = nn.Embedding(config.n_classes + 1, c)  # the last one means "any label"
+        self.conditions = nn.Linear(c, 2 * c * config.n_layers, bias=False)
+        self.layers = nn.ModuleList(GatedLayer(config) for _ in range(config.n_layers))
+        self.head = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(c, 2 * c, 1), nn.ReLU(), nn.Conv2d(2 * c, config.n_embeddings, 1)
+        )
+        self._initialise()
+
+    def _initialise(self):
+        nn.init.normal_(self.embedding.weight, std=0.5)
+        nn.init.normal_(self.label.weight, std=0.02)
+        nn.init.normal_(self.position, std=0.02)
+        for layer in self.layers:
+            nn.init.zeros_(layer.v_out.weight)  # each layer starts as the identity
+            nn.init.zeros_(layer.h_out.weight)
+
+    def forward(self, codes, label=None):
+        """Logits of every code given those before it, all at once.
+
+        Args:
+            codes: (B, h, w) int64.
+            label: (B,) int64 in [0, n_classes); -1 or None means any.
+        Returns:
+            logits: (B, K, h, w).
+        """
+        e = self.embedding(codes).permute(0, 3, 1, 2)  # (B, C, h, w)
+        v = F.pad(e, (0, 0, 1, 0))[:, :, :-1] + self.position  # row r holds row r - 1
+        h = F.pad(e, (1, 0, 0, 0))[:, :, :, :-1] + self.position  # column c holds column c - 1
+        for layer, condition in zip(self.layers, self._conditions(label, len(codes)), strict=True):
+            v, h = layer(v, h, condition)
+        return self.head(h)
+
+    def _conditions(self, label, batch):
+        """(B,) labels -> one (B, 2C, 1, 1) per layer."""
+        if label is None:
+            label = torch.full((batch,), -1, device=self.position.device)
+        label = torch.where(label < 0, self.config.n_classes, label)
+        return self.conditions(self.label(label))[:, :, None, None].chunk(self.config.n_layers, 1)
+
+    @torch.no_grad()
+    def sample(
+        self, n, size=None, label=None, temperature=1.0, top_k=None, given=None, generator=None,
+        progress=None,
+    ):
+        """Draw n grids of codes, one code after the other (see `logits_in_order`).
+
+        Args:
+            n: number of grids.
+            size: (h, w); the grid the model was made for when None.
+            label: int, or (n,) int64 in [0, n_classes); -1 or None means any.
+            temperature: logits are divided by it; 0 takes the likeliest code.
+            top_k: draw among the k likeliest codes only.
+            given: (n, h, w) int64; codes >= 0 are kept as they are, -1 are drawn.
+            generator: torch.Generator on the CPU, or a list of n of them, one for each grid, which
+                makes a grid independent of the batch it is drawn in.
+            progress: called with no arguments after each row.
+        Returns:
+            codes: (n, h, w) int64.
+        """
+        rows, columns = self.config.size
+        if size is not None and tuple(size) != (rows, columns):
+            raise ValueError(f"this prior draws grids of {(rows, columns)}, not {tuple(size)}")
+        if temperature < 0:
+            raise ValueError(f"temperature must be 0 or more, not {temperature}")
+        device = self.position.device
+        if label is not None:
+            label = torch.as_tensor(label, device=device).expand(n)
+        uniform = _uniform((rows, columns), n, generator).to(device)
+        codes = torch.full((n, rows, columns), -1, device=device)
+        if given is not None:
+            codes.copy_(given)
+        for i, j, logits in self.logits_in_order(codes, label):
+            drawn = _choose(logits, uniform[:, i, j], temperature, top_k)
+            codes[:, i, j] = torch.where(codes[:, i, j] < 0, drawn, codes[:, i, j])
+            if progress is not None and j == columns - 1:
+                progress()
+        return codes
+
+    @torch.no_grad()
+    def logits_in_order(self, codes, label=None):
+        """The logits of `forward`, a position at a time, computing nothing twice [3].
+
+        The vertical stack advances by a row once the row above is known, the horizontal stack by a
+        code, each from the few inputs its kernels cover.
+
+        Args:
+            codes: (n, h, w) int64; [:, i, j] is read only after (i, j) has been yielded, so the
+                caller may fill it in meanwhile.
+            label: (n,) int64, as in `forward`.
+        Yields:
+            i, j, logits (n, K).
+        """
+        n, rows, columns = codes.shape
+        device, c, r = self.position.device, self.config.n_channels, self.config.kernel_size // 2
+        conditions = self._conditions(label, n)
+        # per layer, the vertical stack's last r + 1 input rows; zeros are the padding above row 0
+        above = [torch.zeros(n, c, r + 1, columns + 2 * r, device=device) for _ in self.layers]
+        kernels = [la.horizontal.weight[:, :, 0].transpose(1, 2).flatten(1) for la in self.layers]
+        previous_row = torch.zeros(n, c, columns, device=device)
+        for i in range(rows):
+            v = previous_row + self.position[0, :, i]  # (n, C, w)
+            from_above = []  # per layer, what the horizontal stack adds at each column
+            for layer, condition, window in zip(self.layers, conditions, above, strict=True):
+                window.copy_(window.roll(-1, 2))
+                window[:, :, -1, r : r + columns] = v
+                x = layer.vertical(window)  # (n, 2C, 1, w)
+                bias = layer.horizontal.bias[:, None, None]
+                from_above.append((layer.down(x) + condition + bias)[:, :, 0].permute(2, 0, 1))
+                v = v + layer.v_out(gate(x + condition))[:, :, 0]
+            # per layer, the horizontal stack's inputs of this row, r zeros of padding before them
+            left = [torch.zeros(n, columns + r, c, device=device) for _ in self.layers]
+            code_left = torch.zeros(n, c, device=device)
+            for j in range(columns):
+                h = code_left + self.position[0, :, i, j]  # (n, C)
+                for k, layer in enumerate(self.layers):
+                    left[k][:, j + r] = h
+                    x = F.linear(left[k][:, j : j + r + 1].flatten(1), kernels[k])
+                    x = gate(x + from_above[k][j])
+                    h = h + F.linear(x, layer.h_out.weight[:, :, 0, 0], layer.h_out.bias)
+                yield i, j, self.head(h[:, :, None, None])[:, :, 0, 0]
+                code_left = self.embedding(codes[:, i, j])
+            previous_row = self.embedding(codes[:, i]).transpose(1, 2)
+
+
+def _uniform(size, n, generator):
+    """(n, *size) numbers in [0, 1), those of grid i from the i-th generator if there are many."""
+    if isinstance(generator, (list, tuple)):
+        return torch.stack([torch.rand(size, generator=g) for g in generator])
+    return torch.rand((n, *size), generator=generator)
+
+
+def _choose(logits, uniform, temperature, top_k):
+    """(n, K) logits, (n,) uniform numbers -> (n,) codes: inverts the cumulative distribution."""
+    if temperature == 0:
+        return logits.argmax(1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, 1).values[:, -1:], -torch.inf)
+    cumulative = logits.softmax(1).cumsum(1)
+    threshold = uniform[:, None] * cumulative[:, -1:]  # the sum is 1 up to rounding only
+    drawn = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return drawn.clamp(max=logits.shape[1] - 1)

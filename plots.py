@@ -1,0 +1,119 @@
+"""Every figure: training curves, reconstructions, code maps, samples."""
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen is needed, or looked for
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+TITLES = {
+    "ssim": "SSIM on validation",
+    "psnr": "PSNR on validation (dB)",
+    "used": "codes in use on validation",
+    "perplexity": "perplexity of the codes on validation",
+    "bits_per_code": "bits per code",
+    "reconstruction": "reconstruction loss",
+    "commitment": "commitment loss",
+    "codebook": "codebook loss",
+}
+
+
+def _title(config, text):
+    """`text` with the data it shows, so that no picture of a phantom passes for a patient."""
+    name = "PHANTOM (synthetic)" if config["data"]["is_phantom"] else config["data"]["name"]
+    return f"{name}: {text}"
+
+
+def _save(figure, path):
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def curves(log, path, config):
+    """Training and validation figures over updates.
+
+    Args:
+        log: entries {"update": int, "train": {name: float}, "validate": {name: float}}.
+    """
+    names = [n for n in TITLES if any(n in log[-1][part] for part in ("train", "validate"))]
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.5 * columns, 3.2 * rows), squeeze=False, layout="constrained"
+    )
+    for axis, name in zip(axes.flat, names, strict=False):
+        for part, style in (("train", "C0-"), ("validate", "C1.-")):
+            if name in log[-1][part]:
+                x, y = zip(*((e["update"], e[part][name]) for e in log), strict=True)
+                axis.plot(x, y, style, label={"train": "training", "validate": "validation"}[part])
+        axis.set(title=TITLES[name], xlabel="update")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    figure.suptitle(_title(config, f"training of the {config['stage']}"))
+    _save(figure, path)
+
+
+def _panels(rows, columns, size, width=1.6):
+    """Axes without ticks for images of `size` (H, W), each `width` inches wide."""
+    height = width * size[0] / size[1]
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(columns * width + 1.0, rows * height + 0.9),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    return figure, axes
+
+
+def reconstructions(x, x_hat, ssim, path, config):
+    """Rows of slice, reconstruction and their difference; x, x_hat: (N, H, W) in [0, 1]."""
+    figure, axes = _panels(3, len(x), x.shape[1:])
+    for i in range(len(x)):
+        axes[0, i].imshow(x[i], cmap="gray", vmin=0, vmax=1)
+        axes[1, i].imshow(x_hat[i], cmap="gray", vmin=0, vmax=1)
+        shown = axes[2, i].imshow(x_hat[i] - x[i], cmap="RdBu_r", vmin=-0.3, vmax=0.3)
+        axes[1, i].set_title(f"SSIM {ssim[i]:.3f}", fontsize=9)
+    for axis, text in zip(axes[:, 0], ("slice", "reconstruction", "difference"), strict=True):
+        axis.set_ylabel(text)
+    figure.colorbar(shown, ax=axes[2], label="reconstruction - slice", fraction=0.05, aspect=12)
+    figure.suptitle(_title(config, "reconstructions of test slices"))
+    _save(figure, path)
+
+
+def codes(x, maps, codebook, path, config):
+    """Slices above their code maps; x: (N, H, W), maps: (N, h, w), codebook: (K, D).
+
+    A code is a name, not a quantity, so its colour is its place along the three main axes of the
+    codebook: codes that look alike have like colours.
+    """
+    centred = codebook - codebook.mean(0)
+    axes3 = np.linalg.svd(centred, full_matrices=False)[2][:3]
+    colours = centred @ axes3.T
+    colours = colours.argsort(0).argsort(0) / (len(colours) - 1)
+    figure, axes = _panels(2, len(x), x.shape[1:])
+    for i in range(len(x)):
+        axes[0, i].imshow(x[i], cmap="gray", vmin=0, vmax=1)
+        axes[1, i].imshow(colours[maps[i]], interpolation="nearest")
+    axes[0, 0].set_ylabel("slice")
+    axes[1, 0].set_ylabel(f"codes, {maps.shape[1]} x {maps.shape[2]}")
+    figure.suptitle(_title(config, "code maps (colour: principal axes of the codebook)"))
+    _save(figure, path)
+
+
+def samples(images, path, config, note):
+    """A grid of generated slices (N, H, W) in [0, 1]; `note` says how they were drawn."""
+    columns = max(1, round((len(images) * images.shape[1] / images.shape[2] * 1.6) ** 0.5))
+    columns = min(columns, len(images))
+    figure, axes = _panels(-(-len(images) // columns), columns, images.shape[1:], width=1.1)
+    for axis in axes.flat[len(images) :]:
+        axis.set_axis_off()
+    for axis, image in zip(axes.flat, images, strict=False):
+        axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+    figure.suptitle(_title(config, f"generated slices ({note})"))
+    _save(figure, path)

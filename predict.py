@@ -1,0 +1,264 @@
+"""Score the reconstructions of a trained run, and draw new slices from its prior.
+
+`python predict.py` reads what `train.py` left in the run's directory, reconstructs the test split,
+samples new slices, and writes metrics.json, per_slice.csv, pictures and NIfTI files to RUN/predict.
+"""
+
+import argparse
+import csv
+import io
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import dataset
+import metrics
+import plots
+import utils
+from utils import UserError
+
+N_SHOWN = 8  # slices in the figures of reconstructions and code maps
+PROTOCOL = {
+    "images": "float32 in [0, 1]; reconstructions clipped to it",
+    "arithmetic": "float32",
+    "ssim": "skimage.metrics.structural_similarity, data_range=1, uniform 7 x 7 window",
+    "psnr": "10 log10(1 / mean squared error) in dB, mean over slices",
+    "interval": "95 %, bootstrap over patients, 2000 draws",
+    "bits_per_code": "mean over slices of -log2 p(code | codes before it, label)",
+}
+
+
+def parser():
+    p = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=utils.HelpFormatter, allow_abbrev=False
+    )
+    run = p.add_argument_group("run")
+    run.add_argument("--run_dir", metavar="DIR", default="runs/demo", help="where the run lives")
+    run.add_argument("--split", choices=dataset.SPLITS, default="test", help="split to score")
+    run.add_argument("--out", metavar="DIR", help="where to write (default: RUN_DIR/predict)")
+    dataset.add_data_arguments(p, suppress_default=True)
+    sample = p.add_argument_group("samples")
+    sample.add_argument(
+        "--n_samples", type=utils.at_least(0), metavar="N", default=64, help="slices to draw"
+    )
+    sample.add_argument(
+        "--temperature",
+        type=utils.at_least(0.0, float),
+        metavar="T",
+        default=1.0,
+        help="of the code distribution; 0 takes the likeliest code",
+    )
+    sample.add_argument(
+        "--top_k", type=utils.at_least(1), metavar="K", help="draw among the K likeliest codes only"
+    )
+    sample.add_argument("--label", metavar="L", help="class to draw (default: any)")
+    sample.add_argument(
+        "--seed", type=utils.at_least(0), metavar="N", default=0, help="of everything random"
+    )
+    utils.add_runtime_arguments(p, precision=False)
+    return p
+
+
+def main():
+    args = parser().parse_args()
+    run_dir = Path(args.run_dir)
+    config = utils.load_config(run_dir, "vq_vae")
+    device = utils.pick_device(args.device)
+    vq_vae = utils.load_model(run_dir, "vq_vae", device)
+    label = pick_label(args.label, config["data"]["classes"])
+    prior = load_prior(run_dir, device)
+    data = dataset.load(**dataset.arguments_from(args, config["data"]["arguments"]))
+    print(data.describe())
+    if list(data.size) != config["data"]["size"]:
+        raise UserError(
+            f"{run_dir}: trained on slices of {' x '.join(map(str, config['data']['size']))}, "
+            f"{data.name} has {data.size[0]} x {data.size[1]}; train a run for it, or --image_size"
+        )
+    out = Path(args.out or run_dir / "predict")
+    utils.make_folder(out)
+    config["data"] |= {"name": data.name, "is_phantom": data.is_phantom}
+
+    result = {
+        "reconstruction": None,
+        "codebook": None,
+        "prior": None,
+        "samples": None,
+        "protocol": PROTOCOL | {"split": args.split},
+        "data": {"name": data.name, "is_phantom": data.is_phantom, "report": data.report},
+        "seed": args.seed,
+        "versions": utils.versions(),
+    }
+    split = data[args.split]
+    codes = score_reconstructions(vq_vae, split, config, device, out, result)
+    if prior is not None:
+        score_prior(prior, codes, split.labels, device, result)
+    if prior is not None and args.n_samples:
+        draw_samples(args, vq_vae, prior, label, data, config, device, out, result)
+    utils.write_json(out / "metrics.json", result)
+    summarise(result, out, data)
+
+
+def load_prior(run_dir, device):
+    """The prior of a run, trained on the codes of its VQ-VAE; None where there is none yet."""
+    if not (run_dir / "pixelcnn" / "model.safetensors").exists():
+        print(
+            f"note: {run_dir} has no prior, so no samples are drawn; to train one run: "
+            f"python train.py --mode pixelcnn --run_dir {run_dir}"
+        )
+        return None
+    made_for = utils.load_config(run_dir, "pixelcnn")["vq_vae"]
+    if made_for != utils.file_hash(run_dir / "vq_vae" / "model.safetensors"):
+        raise UserError(
+            f"{run_dir}/pixelcnn: trained on codes of another VQ-VAE than {run_dir}/vq_vae; run: "
+            f"python train.py --mode pixelcnn --run_dir {run_dir} --fresh"
+        )
+    return utils.load_model(run_dir, "pixelcnn", device)
+
+
+def pick_label(name, classes):
+    """Class name -> its number; None -> -1, any."""
+    if name is None:
+        return -1
+    if name not in classes:
+        there = f"choose one of {', '.join(classes)}" if classes else "this run has none"
+        raise UserError(f"--label {name}: no such label; {there}")
+    return classes.index(name)
+
+
+def score_reconstructions(vq_vae, split, config, device, out, result):
+    """Reconstruct `split`, write its figures, and return its codes (N, h, w) int64."""
+    rows, codes = [], []
+    shown = set(np.linspace(0, len(split) - 1, min(N_SHOWN, len(split))).round().astype(int))
+    kept = []
+    for x, x_hat, c in metrics.reconstruct(vq_vae, split, device, "reconstructing"):
+        for i in range(len(x)):
+            a, b = x[i, 0].numpy(), x_hat[i, 0].numpy()
+            rows.append(metrics.slice_scores(a, b))
+            if len(rows) - 1 in shown:
+                kept.append((a, b, c[i].numpy(), rows[-1]["ssim"]))
+        codes.append(c)
+    codes = torch.cat(codes)
+    write_rows(out / "per_slice.csv", split, rows)
+    x, x_hat, maps, ssim = (np.stack(k) for k in zip(*kept, strict=True))
+    plots.reconstructions(x, x_hat, ssim, out / "reconstructions.png", config)
+    plots.codes(x, maps, vq_vae.quantizer.codebook.cpu().numpy(), out / "codes.png", config)
+
+    values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    patients = np.array(split.patients)
+    result["reconstruction"] = {
+        "ssim_mean": float(values["ssim"].mean()),
+        "ssim_std": float(values["ssim"].std()),
+        "ssim_ci95": metrics.patient_interval(values["ssim"], patients),
+        "psnr_mean": float(values["psnr"].mean()),
+        "mae_mean": float(values["mae"].mean()),
+        "n_slices": len(rows),
+        "n_patients": len(set(split.patients)),
+        "per_patient": {
+            p: {
+                "ssim_mean": float(values["ssim"][patients == p].mean()),
+                "n_slices": int((patients == p).sum()),
+            }
+            for p in sorted(set(split.patients))
+        },
+    }
+    result["codebook"] = metrics.usage(codes, vq_vae.config.n_embeddings)
+    return codes
+
+
+def write_rows(path, split, rows):
+    """per_slice.csv: where each slice comes from, and its figures."""
+    text = io.StringIO()
+    names = ["patient", "volume", "position", "label"]
+    writer = csv.DictWriter(text, ["file", *names, *rows[0]])
+    writer.writeheader()
+    for item, row in zip(split.slices, rows, strict=True):
+        origin = {name: getattr(item, name) for name in names}
+        writer.writerow({"file": Path(item.path).name, **origin, **row})
+    utils.write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+
+
+def score_prior(prior, codes, labels, device, result):
+    per_slice = metrics.bits_per_code(
+        prior, codes, torch.from_numpy(labels), device, "likelihood of the codes"
+    )
+    n = codes[0].numel()
+    mean = float(per_slice.mean(dtype=np.float64))
+    result["prior"] = {"bits_per_code": mean, "bits_per_slice": mean * n, "codes_per_slice": n}
+
+
+def draw_samples(args, vq_vae, prior, label, data, config, device, out, result):
+    """Sample slices; write each as NIfTI and PNG, and all in one figure."""
+    folder = out / "samples"
+    utils.make_folder(folder)
+    for old in folder.glob("sample_*"):
+        old.unlink()
+    start = time.perf_counter()
+    images = []
+    rows = prior.config.size[0]
+    bar = tqdm(total=-(-args.n_samples // metrics.BATCH) * rows, desc="sampling", unit="row")
+    for first in range(0, args.n_samples, metrics.BATCH):
+        indices = range(first, min(first + metrics.BATCH, args.n_samples))
+        # one generator a sample: sample i of a seed is the same whatever --n_samples is
+        generators = [torch.Generator().manual_seed(args.seed * 2**32 + i) for i in indices]
+        codes = prior.sample(
+            len(indices),
+            label=label,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            generator=generators,
+            progress=bar.update,
+        )
+        with torch.inference_mode():
+            images.append(vq_vae.decode(codes).clamp(0, 1)[:, 0].cpu().numpy())
+    bar.close()
+    images = np.concatenate(images)
+    seconds = time.perf_counter() - start
+    for i, image in enumerate(images):
+        save_nifti(image, data, folder / f"sample_{i:05d}.nii.gz")
+    note = f"temperature {args.temperature:g}" + (f", top {args.top_k}" if args.top_k else "")
+    note += f", label {args.label}" if args.label else ""
+    plots.samples(images[:32], out / "samples.png", config, note)
+    result["samples"] = {
+        "n": len(images),
+        "seconds": round(seconds, 2),
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "label": args.label,
+    }
+
+
+def save_nifti(image, data, path):
+    """A slice (H, W) in [0, 1] as NIfTI, in integer units and with the voxel size of its data."""
+    units = np.round(image * data.intensity_scale).astype(np.int16)
+    nifti = nib.Nifti1Image(units[:, :, None], data.affine)
+    nifti.header["descrip"] = b"generated, no patient"
+    nib.save(nifti, path)
+
+
+def summarise(result, out, data):
+    """The five lines a user reads first."""
+    r, c, p, s = (result[k] for k in ("reconstruction", "codebook", "prior", "samples"))
+    ci = r["ssim_ci95"]
+    interval = f" (95 % {ci[0]:.4f} to {ci[1]:.4f})" if ci else ""
+    print(f"data           {data.describe()}")
+    print(
+        f"reconstruction SSIM {r['ssim_mean']:.4f} +- {r['ssim_std']:.4f}{interval}, "
+        f"PSNR {r['psnr_mean']:.2f} dB, {r['n_slices']} slices of {r['n_patients']} patients"
+    )
+    print(f"codebook       {c['used']} of {c['size']} codes used, perplexity {c['perplexity']:.0f}")
+    if p:
+        bits = f"{p['bits_per_code']:.3f} bits per code, {p['bits_per_slice']:.0f} per slice"
+        print(f"prior          {bits}")
+    if s:
+        print(f"samples        {s['n']} in {s['seconds']:.1f} s")
+    else:
+        print(f"samples        skipped ({'--n_samples 0' if p else 'the run has no prior'})")
+    print(f"pictures and numbers are in {out}")
+
+
+if __name__ == "__main__":
+    utils.run_main(main)

@@ -1,0 +1,297 @@
+"""The quantiser and the prior against slow, independent computations of what the papers say."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import modules
+from modules import VQVAE, GatedPixelCNN, PixelCNNConfig, VectorQuantizer, VQVAEConfig
+
+
+def vectors(n=6, d=4, h=3, w=5, seed=0):
+    return torch.randn(n, d, h, w, generator=torch.Generator().manual_seed(seed))
+
+
+def started_quantizer(k=8, d=4, **options):
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(k, d, **options)
+    quantizer.codebook.data.normal_()
+    quantizer.initialised.fill_(True)
+    return quantizer
+
+
+# ---------------------------------------------------------------------------------- stage 1
+
+
+def test_codes_are_the_nearest_codebook_vectors():
+    quantizer = started_quantizer().eval()
+    z = vectors()
+    _, codes, _ = quantizer(z)
+    for b, i, j in np.ndindex(6, 3, 5):
+        distances = [(z[b, :, i, j] - e).square().sum() for e in quantizer.codebook]
+        assert codes[b, i, j] == int(np.argmin(distances))
+
+
+def test_gradient_passes_straight_through_and_commits_with_beta():
+    quantizer = started_quantizer(beta=0.7).eval()
+    z = vectors().requires_grad_()
+    z_q, codes, losses = quantizer(z)
+    weights = torch.randn_like(z_q)
+    (z_q * weights).sum().backward()
+    assert torch.equal(z.grad, weights)
+
+    z.grad = None
+    _, _, losses = quantizer(z)
+    losses["commitment"].backward()
+    expected = 0.7 * 2 * (z - quantizer.lookup(codes)) / z.numel()
+    torch.testing.assert_close(z.grad, expected.detach())
+    assert quantizer.codebook.grad is None
+
+
+def test_codebook_loss_moves_codes_alone_and_without_beta():
+    quantizer = started_quantizer(beta=0.7, codebook="loss").eval()
+    z = vectors().requires_grad_()
+    _, codes, losses = quantizer(z)
+    losses["codebook"].backward()
+    assert z.grad is None
+    flat = z.detach().permute(0, 2, 3, 1).reshape(-1, 4)
+    expected = torch.zeros(8, 4)
+    for vector, code in zip(flat, codes.flatten(), strict=True):
+        expected[code] += 2 * (quantizer.codebook[code].detach() - vector) / z.numel()
+    torch.testing.assert_close(quantizer.codebook.grad, expected)
+
+
+def test_moving_averages_against_a_slow_loop_in_float64():
+    quantizer = started_quantizer(revive=False).train()
+    decay = quantizer.DECAY
+    total = quantizer.codebook.double().clone()  # (sum, count) of [1] appendix A.1
+    count = torch.ones(8, dtype=torch.float64)
+    for step in range(40):
+        z = vectors(seed=step)
+        codebook = quantizer.codebook.clone()
+        _, codes, _ = quantizer(z)
+        flat = z.permute(0, 2, 3, 1).reshape(-1, 4).double()
+        for k in range(8):
+            members = [v for v, c in zip(flat, codes.flatten(), strict=True) if c == k]
+            count[k] = decay * count[k] + (1 - decay) * len(members)
+            total[k] = decay * total[k] + (1 - decay) * sum(members, torch.zeros(4).double())
+        assert not torch.equal(codebook, quantizer.codebook)
+    expected = total / count[:, None]
+    torch.testing.assert_close(quantizer.codebook.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(quantizer.count.double(), count, rtol=1e-4, atol=1e-5)
+
+
+def test_unused_codes_stay_where_they_are():
+    quantizer = started_quantizer(revive=False).train()
+    quantizer.codebook[3] = 1e3
+    for step in range(3000):
+        quantizer(vectors(n=1, seed=step))
+    assert torch.equal(quantizer.codebook[3], torch.full((4,), 1e3))
+
+
+def test_evaluation_changes_no_state():
+    quantizer = started_quantizer().eval()
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    quantizer(vectors())
+    for name, value in quantizer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_first_training_batch_places_the_codes_once():
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(8, 4).train()
+    z = vectors() + 50
+    quantizer(z)
+    assert quantizer.codebook.min() > 40  # among the data, far from where they were made
+    restored = VectorQuantizer(8, 4)
+    restored.load_state_dict(quantizer.state_dict())
+    assert restored.initialised
+
+
+def test_a_restored_quantizer_moves_as_the_original_would():
+    quantizer = started_quantizer().train()
+    quantizer(vectors())
+    restored = VectorQuantizer(8, 4).train()
+    restored.load_state_dict(quantizer.state_dict())
+    for q in (quantizer, restored):
+        torch.manual_seed(1)
+        q(vectors(seed=1))
+    for a, b in zip(quantizer.state_dict().values(), restored.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_dead_codes_are_revived_among_the_data_with_all_their_state():
+    quantizer = started_quantizer().train()
+    quantizer.codebook[5] = 1e3
+    quantizer.count[5] = 0.0
+    z = vectors()
+    quantizer(z)
+    flat = z.permute(0, 2, 3, 1).reshape(-1, 4)
+    revived = quantizer.codebook[5].clone()
+    assert (flat - revived).abs().sum(1).min() == 0
+    assert quantizer.count[5] == len(flat) / 8
+    away = vectors(seed=1)
+    away[:] = quantizer.codebook[0][None, :, None, None]  # every vector chooses code 0
+    quantizer(away)
+    assert torch.equal(quantizer.codebook[5], revived)
+
+
+def test_codes_do_not_depend_on_autocast():
+    quantizer = started_quantizer(k=64).eval()
+    z = vectors(n=64)
+    _, plain, _ = quantizer(z)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, cast, _ = quantizer(z)
+    assert torch.equal(plain, cast)
+
+
+def test_codebook_order_is_only_a_matter_of_names():
+    quantizer = started_quantizer().eval()
+    z_q, codes, _ = quantizer(vectors())
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    quantizer.codebook.copy_(quantizer.codebook[order])
+    z_q2, codes2, _ = quantizer(vectors())
+    assert torch.equal(z_q, z_q2)
+    assert torch.equal(order[codes2], codes)
+
+
+@pytest.mark.parametrize("stem", ["fold", "strided"])
+@pytest.mark.parametrize("downsample", [4, 8, 16])
+@pytest.mark.parametrize("size", [(64, 32), (48, 80)])
+def test_vq_vae_keeps_the_size_and_codes_decode_to_its_output(stem, downsample, size):
+    torch.manual_seed(0)
+    config = VQVAEConfig(8, 8, 1, 4, 16, downsample=downsample, stem=stem)
+    model = VQVAE(config).eval()
+    x = torch.rand(2, 1, *size)
+    x_hat, codes, _ = model(x)
+    assert x_hat.shape == x.shape
+    assert codes.shape == (2, size[0] // downsample, size[1] // downsample)
+    assert torch.equal(model.encode(x), codes)
+    torch.testing.assert_close(model.decode(codes), x_hat, rtol=1e-4, atol=1e-5)
+
+
+def test_residual_blocks_have_weights_of_their_own():
+    stack = modules.residual_stack(VQVAEConfig(n_residual_layers=3))
+    assert len({id(p) for p in stack.parameters()}) == 3 * 4
+
+
+# ---------------------------------------------------------------------------------- stage 2
+
+
+def prior(k=7, size=(5, 9), n_classes=0, **options):
+    torch.manual_seed(0)
+    options = {"n_channels": 6, "n_layers": 3, "kernel_size": 3, "dropout": 0.0} | options
+    model = GatedPixelCNN(PixelCNNConfig(k, size, n_classes=n_classes, **options)).eval()
+    for parameter in model.parameters():  # nothing may hide behind a weight that starts at zero
+        parameter.data.normal_(std=0.5)
+    return model
+
+
+def within_reach(i, j, a, b, n_layers, r):
+    """Whether position (i, j) can see (a, b): the vertical stack widens by r columns a row step."""
+    if a == i:
+        return b < j and j - b <= 1 + n_layers * r
+    up = i - a
+    return 0 < up <= 1 + n_layers * r and abs(j - b) <= n_layers * r
+
+
+@pytest.mark.parametrize("size", [(5, 9), (9, 5), (7, 11)])
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_causality_by_gradients_everywhere(size, kernel_size):
+    """Zero from itself and the future, not from the past in reach: no leak, no blind spot."""
+    model = prior(size=size, n_layers=3, kernel_size=kernel_size).double()
+    # eight inputs, since a ReLU may well hide a way from any one of them
+    embedded = torch.randn(8, *size, 6, dtype=torch.double, requires_grad=True)
+    model.embedding = torch.nn.Module()
+    model.embedding.forward = lambda codes: embedded
+    logits = model(torch.zeros(8, *size, dtype=torch.long))
+    for i, j in np.ndindex(*size):
+        (grad,) = torch.autograd.grad(logits[:, :, i, j].sum(), embedded, retain_graph=True)
+        seen = grad.abs().sum((0, -1)) > 0
+        for a, b in np.ndindex(*size):
+            if (a, b) >= (i, j):
+                assert not seen[a, b], f"{(i, j)} sees {(a, b)}"
+            elif within_reach(i, j, a, b, 3, kernel_size // 2):
+                assert seen[a, b], f"{(i, j)} is blind to {(a, b)}"
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5])
+@pytest.mark.parametrize("size", [(5, 9), (9, 5)])
+def test_cached_logits_equal_the_full_pass(size, kernel_size):
+    model = prior(size=size, n_classes=3, kernel_size=kernel_size)
+    codes = torch.randint(7, (4, *size))
+    label = torch.tensor([0, 2, -1, 1])
+    full = model(codes, label)
+    for i, j, logits in model.logits_in_order(codes, label):
+        torch.testing.assert_close(logits, full[:, :, i, j], rtol=1e-4, atol=1e-4)
+
+
+def test_probabilities_of_all_grids_sum_to_one():
+    model = prior(k=2, size=(2, 3)).double()
+    grids = torch.tensor(list(itertools.product([0, 1], repeat=6))).view(-1, 2, 3)
+    log_p = -F.cross_entropy(model(grids), grids, reduction="none").sum((1, 2))
+    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"top_k": 2}])
+def test_sampled_frequencies_match_the_exact_distribution(options):
+    k = 2 if "top_k" not in options else 3
+    model = prior(k=k, size=(2, 3))
+    grids = torch.tensor(list(itertools.product(range(k), repeat=6))).view(-1, 2, 3)
+    logits = model(grids) / options.get("temperature", 1)
+    if "top_k" in options:
+        logits = logits.masked_fill(logits < logits.topk(2, 1).values[:, -1:], -torch.inf)
+    p = (-F.cross_entropy(logits, grids, reduction="none").sum((1, 2))).exp().double()
+    n = 20000
+    drawn = model.sample(n, generator=torch.Generator().manual_seed(0), **options)
+    places = (drawn.flatten(1) * k ** torch.arange(5, -1, -1)).sum(1)
+    observed = torch.bincount(places, minlength=len(grids)).double()
+    assert observed[p == 0].sum() == 0
+    expected = n * p
+    common = expected >= 5  # the chi-square approximation needs counts that are not tiny
+    chi2 = ((observed - expected)[common] ** 2 / expected[common]).sum().item()
+    freedom = int(common.sum()) - 1
+    assert chi2 < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_the_same_seed_draws_the_same_and_temperature_zero_is_deterministic():
+    model = prior()
+    a, b = (model.sample(3, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert torch.equal(model.sample(3, temperature=0), model.sample(3, temperature=0))
+    codes = model.sample(2, temperature=0)
+    assert torch.equal(model(codes).argmax(1), codes)
+
+
+def test_a_grid_with_a_generator_of_its_own_does_not_depend_on_the_batch():
+    model = prior()
+    together = model.sample(4, generator=[torch.Generator().manual_seed(i) for i in range(4)])
+    alone = model.sample(1, generator=[torch.Generator().manual_seed(2)])
+    assert torch.equal(together[2], alone[0])
+
+
+def test_given_codes_are_kept_and_seen():
+    model = prior(k=5)
+    given = torch.full((3, 5, 9), -1)
+    given[:, :2] = torch.randint(5, (3, 2, 9))
+    drawn = model.sample(3, given=given, temperature=0)
+    assert torch.equal(drawn[:, :2], given[:, :2])
+    assert torch.equal(model(drawn).argmax(1)[:, 2:], drawn[:, 2:])
+
+
+def test_labels_change_the_distribution_and_none_means_any():
+    model = prior(n_classes=2)
+    codes = torch.randint(7, (2, 5, 9))
+    logits = [model(codes, torch.tensor([k, k])) for k in (0, 1, -1)]
+    assert not torch.allclose(logits[0], logits[1])
+    assert not torch.allclose(logits[0], logits[2])
+    assert torch.equal(model(codes), logits[2])
+
+
+def test_another_grid_is_refused():
+    with pytest.raises(ValueError, match="draws grids"):
+        prior().sample(1, size=(9, 5))

@@ -1,0 +1,504 @@
+"""Train one stage: `python train.py --mode vq_vae`, then `python train.py --mode pixelcnn`.
+
+Stage 1 learns a discrete code for slices; stage 2 freezes it and learns how the codes are
+distributed. The same command again continues an unfinished run: whatever is random in an update
+follows from (seed, update), so the run that was stopped and the run that was not are the same.
+"""
+
+import argparse
+import copy
+import functools
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import dataset
+import metrics
+import plots
+import utils
+from modules import VQVAE, GatedPixelCNN, PixelCNNConfig, VQVAEConfig
+from utils import UserError
+
+# What a preset sets for each stage; a flag of the same name beats it. `decay_to` is the last
+# learning rate as a fraction of the first; `average` the decay of the averaged weights, 0 for none.
+PRESETS = {
+    "demo": {
+        "vq_vae": dict(
+            model=dict(n_hiddens=96, n_residual_hiddens=96, n_residual_layers=2, embedding_dim=32,
+                       n_embeddings=512, beta=0.25, downsample=8),
+            train=dict(n_updates=900, batch_size=16, learning_rate=2e-3, log_interval=100,
+                       loss="l1_ssim", decay_to=0.02, average=0.0),
+        ),
+        "pixelcnn": dict(
+            model=dict(n_channels=64, n_layers=10, kernel_size=5, dropout=0.1),
+            train=dict(n_updates=900, batch_size=16, learning_rate=2e-3, log_interval=100,
+                       decay_to=0.02, average=0.99),
+        ),
+    },
+    "base": {
+        "vq_vae": dict(
+            model=dict(n_hiddens=128, n_residual_hiddens=128, n_residual_layers=3,
+                       embedding_dim=32, n_embeddings=512, beta=0.25, downsample=8),
+            train=dict(n_updates=20000, batch_size=32, learning_rate=2e-3, log_interval=500,
+                       loss="l1_ssim", decay_to=0.02, average=0.0),
+        ),
+        "pixelcnn": dict(
+            model=dict(n_channels=128, n_layers=15, kernel_size=5, dropout=0.2),
+            train=dict(n_updates=30000, batch_size=32, learning_rate=1e-3, log_interval=500,
+                       decay_to=0.02, average=0.999),
+        ),
+    },
+    "classic": {
+        "vq_vae": dict(
+            model=dict(n_hiddens=128, n_residual_hiddens=32, n_residual_layers=2,
+                       embedding_dim=64, n_embeddings=512, beta=0.25, downsample=4,
+                       stem="strided", codebook="loss", revive=False),
+            train=dict(n_updates=5000, batch_size=32, learning_rate=3e-4, log_interval=50,
+                       loss="mse", decay_to=1.0, average=0.0),
+        ),
+        "pixelcnn": dict(
+            model=dict(n_channels=64, n_layers=15, kernel_size=3, dropout=0.0),
+            train=dict(n_updates=5000, batch_size=32, learning_rate=3e-4, log_interval=50,
+                       decay_to=1.0, average=0.0),
+        ),
+    },
+}
+WARM_UP = 50  # updates over which the learning rate rises from zero
+LABEL_DROPPED = 0.1  # chance that a label is hidden, so that one prior also learns "any label"
+MAY_CHANGE = {"n_updates", "log_interval", "patience"}  # when a run is continued
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------
+
+
+def parser():
+    p = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=utils.HelpFormatter, allow_abbrev=False
+    )
+    stages = list(PRESETS["demo"])
+    run = p.add_argument_group("run")
+    run.add_argument("--mode", "-mode", choices=stages, required=True, help="stage to train")
+    run.add_argument(
+        "--preset", choices=list(PRESETS), help="settings to start from (default: demo)"
+    )
+    run.add_argument("--run_dir", metavar="DIR", help="where the run lives (default: runs/PRESET)")
+    run.add_argument(
+        "--fresh", action="store_true", help="start over, deleting this stage's results"
+    )
+    run.add_argument(
+        "--dry_run", action="store_true", help="print the resolved configuration as JSON and stop"
+    )
+    dataset.add_data_arguments(p, suppress_default=True)
+
+    def add(group, name, text, **options):
+        """A flag whose default is the preset's: named in its help, stage 1 / stage 2."""
+        values = []
+        for preset, of_stage in PRESETS.items():
+            settings = [of_stage[s]["model"] | of_stage[s]["train"] for s in stages]
+            shown = "/".join(f"{s[name]}" for s in settings if name in s)
+            values += [f"{preset} {shown}"] if shown else []
+        group.add_argument(f"--{name}", help=f"{text} (default: {', '.join(values)})", **options)
+
+    count = {"type": utils.at_least(1), "metavar": "N"}
+    real = {"type": utils.at_least(0.0, float), "metavar": "X"}
+    both = p.add_argument_group("training, both stages (defaults: stage 1 / stage 2)")
+    add(both, "n_updates", "updates", **count)
+    add(both, "batch_size", "slices per update", **count)
+    add(both, "learning_rate", "peak learning rate", **real)
+    add(both, "log_interval", "updates between validations", **count)
+    both.add_argument(
+        "--patience", type=utils.at_least(0), metavar="N", default=0,
+        help="stop after N validations without a better one; 0 never stops early",
+    )
+    both.add_argument(
+        "--seed", type=utils.at_least(0), metavar="N", default=0, help="of everything random"
+    )
+    one = p.add_argument_group("stage 1, the VQ-VAE")
+    add(one, "n_hiddens", "channels", **count)
+    add(one, "n_residual_hiddens", "channels inside a residual block", **count)
+    add(one, "n_residual_layers", "residual blocks per resolution", **count)
+    add(one, "embedding_dim", "D, length of a codebook vector", **count)
+    add(one, "n_embeddings", "K, size of the codebook", **count)
+    add(one, "beta", "weight of the commitment term", **real)
+    add(one, "downsample", "f, pixels per code and axis", type=int, choices=[4, 8, 16])
+    add(one, "loss", "|x - y| + 1 - SSIM, |x - y|, or its square", choices=["l1_ssim", "l1", "mse"])
+    two = p.add_argument_group("stage 2, the gated PixelCNN")
+    add(two, "n_channels", "channels of each stack", **count)
+    add(two, "n_layers", "gated layers", **count)
+    add(two, "kernel_size", "odd; codes from side to side", **count)
+    add(two, "dropout", "share of activations hidden in training", **real)
+    utils.add_runtime_arguments(p)
+    return p
+
+
+def resolve(args):
+    """Preset, then flags -> {"model": ..., "train": ...} of the stage to train."""
+    settings = copy.deepcopy(PRESETS[args.preset][args.mode])
+    for part in settings.values():
+        for name in part:
+            if getattr(args, name, None) is not None:
+                part[name] = getattr(args, name)
+    for name in {name for part in PRESETS[args.preset].values() for name in _settings(part)}:
+        if name not in _settings(settings) and getattr(args, name, None) is not None:
+            print(f"note: --{name} is not a setting of --mode {args.mode}; ignored")
+    settings["train"] |= {"patience": args.patience, "seed": args.seed}
+    return settings
+
+
+def _settings(parts):
+    return parts["model"] | parts["train"]
+
+
+def main():
+    args = parser().parse_args()
+    run_dir = Path(args.run_dir or f"runs/{args.preset or 'demo'}")
+    first = utils.load_config(run_dir, "vq_vae") if args.mode == "pixelcnn" else None
+    args.preset = args.preset or (first["preset"] if first else "demo")
+    settings = resolve(args)
+    arguments = dataset.arguments_from(args, first and first["data"]["arguments"])
+    if args.dry_run:
+        given = {"mode": args.mode, "preset": args.preset, "run_dir": str(run_dir)}
+        print(json.dumps(given | {"data": arguments} | settings, indent=2))
+        return
+    device = utils.pick_device(args.device)
+    data = dataset.load(**arguments)
+    print(data.describe())
+    args.data_arguments = arguments
+    if args.mode == "vq_vae":
+        train_vq_vae(args, run_dir, settings, data, device)
+    else:
+        train_pixelcnn(args, run_dir, settings, data, device, first)
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage 1
+# ------------------------------------------------------------------------------------------------
+
+
+def train_vq_vae(args, run_dir, settings, data, device):
+    model_config = VQVAEConfig(**settings["model"])
+    check_size(data, model_config.downsample)
+    config = make_config(args, settings, model_config, data)
+    torch.manual_seed(args.seed)
+    model = VQVAE(model_config).to(device, memory_format=torch.channels_last)
+    train, validate = data["train"], data["validate"]
+    compute = functools.partial(utils.autocast, device, args.precision)
+
+    def loss_of(indices):
+        x = train.batch(indices).to(device, memory_format=torch.channels_last)
+        with compute():
+            y, codes, losses = model(x)
+        losses["reconstruction"] = reconstruction_loss(x, y.float(), settings["train"]["loss"])
+        return losses
+
+    def score(model):
+        with compute():
+            parts = [
+                (utils.ssim(x, y), -10 * (x - y).square().mean((1, 2, 3)).log10(), codes)
+                for x, y, codes in metrics.reconstruct(model, validate, device)
+            ]
+        ssim, psnr, codes = (torch.cat(p) for p in zip(*parts, strict=True))
+        figures = {"ssim": float(ssim.mean()), "psnr": float(psnr.mean())}
+        return figures | metrics.usage(codes, model_config.n_embeddings)
+
+    fit(args, run_dir / "vq_vae", config, model, len(train), loss_of, score, best=("ssim", max))
+
+
+def reconstruction_loss(x, y, kind):
+    """x, y: (B, 1, H, W) -> scalar. `l1_ssim` is |x - y| + 1 - SSIM(x, y)."""
+    if kind == "mse":
+        return F.mse_loss(y, x)
+    loss = F.l1_loss(y, x)
+    return loss + 1 - utils.ssim(x, y).mean() if kind == "l1_ssim" else loss
+
+
+def check_size(data, downsample):
+    height, width = data.size
+    if height % downsample or width % downsample:
+        fits = [round(n / downsample) * downsample or downsample for n in data.size]
+        raise UserError(
+            f"{data.name}: slices of {height} x {width} do not divide by {downsample} "
+            f"(--downsample); crop or pad them with --image_size {fits[0]} {fits[1]}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------
+# Stage 2
+# ------------------------------------------------------------------------------------------------
+
+
+def train_pixelcnn(args, run_dir, settings, data, device, first):
+    if data.fingerprint != first["data"]["fingerprint"]:
+        raise UserError(
+            f"{run_dir}: stage 1 learned from other data ({_named(first['data'])}, not {data.name} "
+            f"{data.size[0]} x {data.size[1]}); leave out --data, or choose another --run_dir"
+        )
+    compute = functools.partial(utils.autocast, device, args.precision)
+    codes = encode_splits(run_dir, data, device)
+    train, validate = (
+        (torch.from_numpy(codes[split]), torch.from_numpy(data[split].labels))
+        for split in ("train", "validate")
+    )
+    model_config = PixelCNNConfig(
+        n_embeddings=first["model"]["n_embeddings"],
+        size=tuple(codes["train"].shape[1:]),
+        n_classes=len(data.classes),
+        **settings["model"],
+    )
+    config = make_config(args, settings, model_config, data)
+    config["vq_vae"] = utils.file_hash(run_dir / "vq_vae" / "model.safetensors")
+    torch.manual_seed(args.seed)
+    model = GatedPixelCNN(model_config).to(device, memory_format=torch.channels_last)
+
+    def loss_of(indices):
+        batch, label = (tensor[indices].to(device) for tensor in train)
+        label = torch.where(torch.rand(len(label), device=device) < LABEL_DROPPED, -1, label)
+        with compute():
+            logits = model(batch, label)
+        return {"bits_per_code": metrics.bits(logits, batch).mean()}
+
+    def score(model):
+        with compute():
+            return {"bits_per_code": float(metrics.bits_per_code(model, *validate, device).mean())}
+
+    fit(
+        args,
+        run_dir / "pixelcnn",
+        config,
+        model,
+        len(train[0]),
+        loss_of,
+        score,
+        best=("bits_per_code", min),
+    )
+
+
+def encode_splits(run_dir, data, device):
+    """Codes (N, h, w) of each split, made once by the frozen VQ-VAE and kept in RUN/codes."""
+    made_by = utils.file_hash(run_dir / "vq_vae" / "model.safetensors") + data.fingerprint
+    codes = {}
+    for name in ("train", "validate", "test"):
+        path = run_dir / "codes" / f"{name}.npz"
+        if path.exists():
+            with np.load(path) as stored:
+                if str(stored["made_by"]) == made_by:
+                    codes[name] = stored["codes"].astype(np.int64)
+                    continue
+        model = utils.load_model(run_dir, "vq_vae", device)
+        codes[name] = metrics.encode(model, data[name], device, f"encoding {name}")
+        small = np.min_scalar_type(model.config.n_embeddings - 1)
+        arrays = {"codes": codes[name].astype(small), "labels": data[name].labels}
+        arrays |= {"positions": data[name].positions, "made_by": made_by}
+        utils.write_atomically(path, functools.partial(_save_npz, arrays=arrays))
+    return codes
+
+
+def _save_npz(path, arrays):
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+# ------------------------------------------------------------------------------------------------
+# What both stages share
+# ------------------------------------------------------------------------------------------------
+
+
+def make_config(args, settings, model_config, data):
+    """What goes into config.json: all that is needed to rebuild, repeat and judge a run."""
+    return {
+        "format_version": utils.FORMAT_VERSION,
+        "stage": args.mode,
+        "preset": args.preset,
+        "model": utils.architecture(model_config),
+        "train": settings["train"],
+        "data": {
+            "name": data.name,
+            "is_phantom": data.is_phantom,
+            "layout": data.layout,
+            "size": list(data.size),
+            "classes": data.classes,
+            "fingerprint": data.fingerprint,
+            "arguments": args.data_arguments,
+            "report": data.report,
+        },
+        "versions": utils.versions(),
+    }
+
+
+def _named(data):
+    return f"{data['name']} {data['size'][0]} x {data['size'][1]}"
+
+
+def fit(args, directory, config, model, n_train, loss_of, score, best):
+    """Train `model`, validating, logging and saving every `log_interval` updates.
+
+    Args:
+        directory: of the stage; config.json, log.jsonl, curves.png, checkpoint.pt and
+            model.safetensors (the best weights so far) are written there.
+        n_train: number of training slices.
+        loss_of: indices (B,) into the training split -> dict of scalar losses, minimised together.
+        score: model -> dict of validation figures.
+        best: name of the figure that decides, and `max` or `min`.
+    """
+    options = config["train"]
+    key, better = best
+    optimizer = torch.optim.AdamW(
+        model.parameters(), options["learning_rate"], (0.9, 0.99), weight_decay=0.0, fused=True
+    )
+    averaged = copy.deepcopy(model) if options["average"] else model
+    state = {"update": 0, "best": None, "best_update": 0}
+    if args.fresh and directory.exists():
+        shutil.rmtree(directory)
+    log = resume(directory, config, model, averaged, optimizer, state)
+    if state["update"] >= options["n_updates"]:
+        print(
+            f"{directory} is finished: {state['update']} updates, best validation {key} "
+            f"{state['best']:.4f}; --fresh starts over, a larger --n_updates goes on"
+        )
+        return
+    utils.write_json(directory / "config.json", config)
+    shown = {}
+    bar = tqdm(total=options["n_updates"], initial=state["update"], unit="update", desc=args.mode)
+    running = []
+    while state["update"] < options["n_updates"]:
+        update = state["update"]
+        torch.manual_seed(hash((options["seed"], update)) % 2**63)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(update, options)
+        model.train()
+        losses = loss_of(batch_indices(n_train, options["batch_size"], update, options["seed"]))
+        loss = sum(losses.values())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if averaged is not model:
+            average(averaged, model, min(options["average"], (update + 1) / (update + 10)))
+        running.append({name: value.item() for name, value in losses.items()})
+        state["update"] = update = update + 1
+        bar.update()
+        rate = bar.format_dict["rate"]
+        if rate:
+            shown["img/s"] = f"{rate * options['batch_size']:.0f}"
+        bar.set_postfix(loss=f"{loss.item():.3f}", **shown)
+        if update % options["log_interval"] and update < options["n_updates"]:
+            continue
+
+        averaged.eval()
+        figures = score(averaged)
+        mean = {name: float(np.mean([r[name] for r in running])) for name in running[0]}
+        running.clear()
+        log.append({"update": update, "train": mean, "validate": figures})
+        for name in {"ssim", "used", "bits_per_code"} & figures.keys():
+            shown[f"val {name}"] = f"{figures[name]:.4g}"
+        if state["best"] is None or better(figures[key], state["best"]) != state["best"]:
+            state["best"], state["best_update"] = figures[key], update
+            utils.save_model(averaged, directory / "model.safetensors")
+        save_checkpoint(directory, config, log, model, averaged, optimizer, state)
+        if figures.get("used", math.inf) < 0.1 * config["model"]["n_embeddings"]:
+            bar.write(f"warning: only {figures['used']} codes in use after {update} updates")
+        stale = sum(entry["update"] > state["best_update"] for entry in log)
+        if options["patience"] and stale >= options["patience"]:
+            bar.write(f"stopping: no better {key} in {stale} validations")
+            break
+    bar.close()
+    best_so_far = f"{state['best']:.4f} at update {state['best_update']}"
+    print(f"{directory}: best validation {key} {best_so_far}")
+
+
+def learning_rate(update, options):
+    """Linear warm-up, then a cosine from the peak to `decay_to` of it at the last update."""
+    done = update / options["n_updates"]
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    decay = options["decay_to"] + (1 - options["decay_to"]) * cosine
+    return options["learning_rate"] * min(1, (update + 1) / WARM_UP) * decay
+
+
+def batch_indices(n, batch_size, update, seed):
+    """(B,) indices into n slices: the update-th batch of an endless row of shuffled epochs."""
+    places = np.arange(update * batch_size, (update + 1) * batch_size)
+    return np.array([_shuffled(n, place // n, seed)[place % n] for place in places])
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled(n, epoch, seed):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+@torch.no_grad()
+def average(averaged, model, decay):
+    """Move each averaged weight towards the model's by 1 - decay."""
+    for a, b in zip(averaged.state_dict().values(), model.state_dict().values(), strict=True):
+        if a.dtype.is_floating_point:
+            a.lerp_(b, 1 - decay)
+        else:
+            a.copy_(b)
+
+
+def save_checkpoint(directory, config, log, model, averaged, optimizer, state):
+    lines = "".join(json.dumps(entry) + "\n" for entry in log)
+    utils.write_atomically(directory / "log.jsonl", lambda path: path.write_text(lines))
+    plots.curves(log, directory / "curves.png", config)
+    checkpoint = {
+        "format_version": utils.FORMAT_VERSION,
+        "model": model.state_dict(),
+        "averaged": averaged.state_dict() if averaged is not model else None,
+        "optimizer": optimizer.state_dict(),
+        "state": dict(state),
+        "log": log,
+    }
+    utils.write_atomically(
+        directory / "checkpoint.pt", lambda path: torch.save(checkpoint, path)
+    )
+
+
+def resume(directory, config, model, averaged, optimizer, state):
+    """Load the checkpoint of an unfinished run, if there is one, and return its log.
+
+    Raises:
+        UserError: the directory holds a run with other settings or other data.
+    """
+    path = directory / "checkpoint.pt"
+    if not path.exists():
+        return []
+    stored = utils.read_json(directory / "config.json")
+    for part in ("model", "train", "data"):
+        for name in config[part]:
+            if name in MAY_CHANGE or (part == "data" and name != "fingerprint"):
+                continue
+            old, new = stored[part].get(name), config[part][name]
+            if old != new:
+                if name == "fingerprint":
+                    name, old, new = "data", _named(stored["data"]), _named(config["data"])
+                raise UserError(
+                    f"{directory}: holds a run with {name} {old}, not {new}; continue it with the "
+                    f"same settings, start over with --fresh, or choose another --run_dir"
+                )
+    if stored.get("vq_vae") != config.get("vq_vae"):
+        raise UserError(
+            f"{directory}: this prior was trained on the codes of another VQ-VAE than the one now "
+            f"in {directory.parent}; start it over with --fresh"
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(checkpoint["model"])
+        if averaged is not model:
+            averaged.load_state_dict(checkpoint["averaged"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: damaged ({reason}); start over with --fresh") from error
+    state |= checkpoint["state"]
+    return checkpoint["log"]
+
+
+if __name__ == "__main__":
+    utils.run_main(main)

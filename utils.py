@@ -1,0 +1,271 @@
+"""What both stages share: errors, runtime, run directories, SSIM."""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+import modules
+
+FORMAT_VERSION = 1  # of config.json and checkpoint.pt
+STAGES = {  # name of a stage: its configuration and its network
+    "vq_vae": (modules.VQVAEConfig, modules.VQVAE),
+    "pixelcnn": (modules.PixelCNNConfig, modules.GatedPixelCNN),
+}
+
+# ------------------------------------------------------------------------------------------------
+# Errors and arguments
+# ------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line that says which file, what is wrong, what to do."""
+
+
+def run_main(main):
+    """Run a command; a `UserError` becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to each help line that does not name it, and leaves room for the flags."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=100)
+
+    def _get_help_string(self, action):
+        if action.default in (None, False) or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def at_least(minimum, kind=int):
+    """An argparse type: a number not below `minimum`."""
+
+    def parse(text):
+        value = kind(text)
+        if not minimum <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {minimum}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+# ------------------------------------------------------------------------------------------------
+# Runtime: device, precision, versions
+# ------------------------------------------------------------------------------------------------
+
+
+def add_runtime_arguments(parser, precision=True):
+    """--device, and --precision where the command lets the user choose it."""
+    group = parser.add_argument_group("runtime")
+    group.add_argument(
+        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute"
+    )
+    if precision:
+        group.add_argument(
+            "--precision",
+            choices=["auto", "fp32", "bf16"],
+            default="auto",
+            help="arithmetic in training; auto is bf16 where the hardware has it",
+        )
+
+
+def pick_device(name):
+    """"auto" -> cuda, mps or cpu, whichever is there first; others must be there."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device {name}: this machine has no such device; try --device auto")
+    return torch.device(name)
+
+
+def autocast(device, precision):
+    """The autocast context of `--precision`; "auto" is bfloat16 where the hardware has it."""
+    if precision == "auto":
+        precision = "bf16" if _has_bf16(device) else "fp32"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def _has_bf16(device):
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return False
+
+
+def versions():
+    """Versions of what a number may depend on."""
+    packages = ("torch", "numpy", "scikit-image", "nibabel")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+# ------------------------------------------------------------------------------------------------
+# Run directories: RUN/vq_vae and RUN/pixelcnn, each with config.json and model.safetensors
+# ------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path, write):
+    """Call `write(temporary_path)`, then move it to `path`: a reader sees all of it or none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error}); is the disk full?") from error
+
+
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"{path}: cannot be made ({error.strerror}); choose another folder"
+        raise UserError(message) from error
+
+
+def write_json(path, value):
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        message = f"{path}: cannot be read ({error}); train this stage again with --fresh"
+        raise UserError(message) from error
+
+
+def save_model(model, path):
+    """The weights alone; with config.json beside them, all that `load_model` needs."""
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary))
+
+
+def load_config(run_dir, stage):
+    """The config.json of a trained stage.
+
+    Raises:
+        UserError: the stage has not been trained in `run_dir`, or its files are not ours.
+    """
+    path = Path(run_dir) / stage / "config.json"
+    if not path.exists() or not path.with_name("model.safetensors").exists():
+        raise UserError(
+            f"{run_dir}: no trained {stage} here{_others(run_dir, stage)}; "
+            f"run: python train.py --mode {stage} --run_dir {run_dir}"
+        )
+    config = read_json(path)
+    if config.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {config.get('format_version')}, this code reads "
+            f"{FORMAT_VERSION}; update the code or train again with --fresh"
+        )
+    return config
+
+
+def _others(run_dir, stage):
+    found = Path(run_dir).parent.glob(f"*/{stage}/config.json")
+    there = sorted(str(path.parent.parent) for path in found)
+    return f" (there is one in {', '.join(there)})" if there else ""
+
+
+def load_model(run_dir, stage, device="cpu"):
+    """The trained network of a run.
+
+    Args:
+        run_dir: the run's directory, such as "runs/demo".
+        stage: "vq_vae" or "pixelcnn".
+    Returns:
+        `modules.VQVAE` or `modules.GatedPixelCNN` in eval mode, with `.config`.
+    Raises:
+        UserError: the stage is not there, or its files are damaged or do not belong together.
+    """
+    config = load_config(run_dir, stage)
+    path = Path(run_dir) / stage / "model.safetensors"
+    make_config, make_model = STAGES[stage]
+    try:
+        model = make_model(make_config(**config["model"]))
+        model.load_state_dict(safetensors.torch.load_file(path))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path}: does not fit config.json beside it or is damaged ({reason}); "
+            f"train this stage again with --fresh"
+        ) from error
+    return model.to(device).eval()
+
+
+def file_hash(path):
+    """Short SHA-256 of a file: tells whether codes and prior belong to these VQ-VAE weights."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def architecture(config):
+    """The JSON form of a model's configuration."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+# ------------------------------------------------------------------------------------------------
+# SSIM
+# ------------------------------------------------------------------------------------------------
+
+
+def ssim(x, y, data_range=1.0, window=7):
+    """Structural similarity (Wang et al. 2004), the number `skimage.metrics.structural_similarity`
+    gives by default: uniform window, sample covariance, mean over the windows inside the image.
+
+    Differentiable, and finite on constant images.
+
+    Args:
+        x, y: (B, 1, H, W), at least `window` pixels along each side.
+        data_range: largest minus smallest possible value.
+    Returns:
+        (B,) of at most 1, in float64 if x is, else in float32.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, y = x.to(dtype), y.to(dtype)
+        c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+
+        def mean(a):
+            return F.avg_pool2d(a, window, stride=1)
+
+        mx, my = mean(x), mean(y)
+        unbiased = window**2 / (window**2 - 1)
+        vxy = unbiased * (mean(x * y) - mx * my)
+        # x^2 + y^2 at once: only the sum of the two variances is needed
+        v = unbiased * (mean(x * x + y * y) - mx * mx - my * my)
+        s = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx * mx + my * my + c1) * (v + c2))
+        return s.mean((1, 2, 3))
+
+
+def to_uint8(images):
+    """Images in [0, 1], clipped -> uint8, for pictures."""
+    return (np.clip(images, 0, 1) * 255).round().astype(np.uint8)
