@@ -38,7 +38,7 @@ import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from io import BytesIO
@@ -61,7 +61,9 @@ NIFTI, RASTER = (".nii", ".nii.gz"), (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 HELD_PIXELS = 1 << 24  # of one volume in memory at once: 64 MiB in each process
 ADNI_JSON = "meta_data_with_label.json"
 
-_SPLIT = re.compile(r"(?i)(?:^|[-_ ])(?:(train|training)|(val\w{0,7})|(test|testing))$")
+_SPLIT = re.compile(
+    r"(?:^|[-_ ])(?:(train(?:ing)?)|(val|valid|validat(?:e|ion))|(test(?:ing)?))$", re.I
+)
 _LABELS = r"(?:^|[^a-z])(?:segs?|segmentations?|labels?|masks?{})(?:[^a-z]|$)"
 _LABEL_FOLDER = re.compile(_LABELS.format(""), re.I)
 _LABEL_FILE = re.compile(_LABELS.format("|semantic"), re.I)
@@ -71,8 +73,9 @@ _KNOWN = re.compile(r"sub-[a-z0-9]+|OAS\d_\d{4}|\d{3}_S_\d{4,5}|TCGA[-_]\w\w[-_]
 _FOLDER = re.compile(
     r"sub-[a-z0-9]+|(?:case|patient|subject|subj|sub|pat|p|s)[-_ ]?\d+|\d{3,}|\d{3}_S_\d{4,5}", re.I
 )
-_GENERAL = re.compile(r"(([a-z]*[-_ ]?\d+)(?:[-_ ].*?)?)[-_ ](?:slice|img|im|z)?[-_ ]?(\d+)", re.I)
-_LAST_NUMBER = re.compile(r"(.*?)(?:^|[-_ ])(?:slice|img|im|z)?[-_ ]?(\d+)", re.I)
+_NUMBER = r"(?:(?:slice|img|im|z)[-_ ]?)?(\d+)"
+_GENERAL = re.compile(r"(([a-z]*[-_ ]?\d+)(?:[-_ ].*?)??)[-_ ]" + _NUMBER, re.I)
+_LAST_NUMBER = re.compile(r"(.*?)(?:^|[-_ ])" + _NUMBER, re.I)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -146,7 +149,6 @@ class SliceData:
     affine: np.ndarray
     zooms: tuple[float, ...]
     intensity_scale: float
-    arguments: dict  # of `load`, as given
     splits: dict[str, SliceSplit] = field(repr=False)
 
     def __getitem__(self, split) -> SliceSplit:
@@ -155,11 +157,11 @@ class SliceData:
     def describe(self) -> str:
         """The data in one line."""
         report = self.report
-        counts = ", ".join(
-            f"{split} {n['slices']} of {n['patients']}" for split, n in report["splits"].items()
-        )
         line = "PHANTOM (synthetic, no patients)" if self.is_phantom else self.name
-        line += f": {self.layout}, {self.size[0]} x {self.size[1]}; slices of patients: {counts}"
+        line += f": {self.layout}, {self.size[0]} x {self.size[1]}"
+        who = "bodies" if self.is_phantom else "patients"
+        for split, n in report["splits"].items():
+            line += f"; {split} {n['slices']} slices of {n['patients']} {who}"
         line += f"; split {report['split_origin']}"
         for what in ("cropped", "padded", "shrunk", "unreadable"):
             line += f"; {report[what]} {what}" if report[what] else ""
@@ -192,37 +194,38 @@ def load(
     Raises UserError for what the user can mend; it lists all unreadable files unless
     skip_unreadable.
     """
-    arguments = {k: v for k, v in locals().items() if k in ARGUMENTS} | {"data": str(data)}
     if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
         raise UserError(f"--image_size {image_size}: not a height and a width; give e.g. 256 128")
     if plane not in PLANES or split_policy not in POLICIES:
-        raise UserError(f"--plane {plane} --split_policy {split_policy}: no such choice; see --help")
+        raise UserError(f"--plane {plane}, --split_policy {split_policy}: unknown; see --help")
     if slices < 1 or (workers is not None and workers < 1):
         raise UserError("--slices, --workers: less than 1; give a positive number")
-    workers = workers or len(os.sched_getaffinity(0)) if _LINUX else workers or os.cpu_count() or 1
+    workers = workers or _cores()
     cache, is_phantom = _cache_folder(cache_dir), data == "phantom"
     root = _phantom(cache, workers, progress) if is_phantom else Path(data)
     files, bad, ignored = _walk(root)
     near = (root / "AD_NC", root, root.absolute().parent, root.absolute().parent.parent)
-    meta = next((p / ADNI_JSON for p in near if (p / ADNI_JSON).is_file()), None)
+    meta = next((p / ADNI_JSON for p in near if os.path.isfile(p / ADNI_JSON)), None)
     choices = {
         "format": FORMAT, "percentile": PERCENTILE, "plane": plane, "slices": slices, "seed": seed,
         "image_size": image_size and [int(n) for n in image_size], "split_policy": split_policy,
         "group_regex": group_regex,
     }  # fmt: skip
     stamp = meta and meta.stat().st_mtime_ns
-    key = repr((files, sorted(bad.items()), choices, stamp)).encode("utf-8", "surrogateescape")
     name = root.resolve().name or "root"
-    entry = cache and cache / f"{name}-{hashlib.sha256(key).hexdigest()[:20]}"
-    index, images = _open(entry, skip_unreadable)
-    if index is None:
+    key = hashlib.sha256(repr((files, sorted(bad.items()), stamp)).encode(errors="surrogateescape"))
+    entries = [_entry(cache, name, key, choices | {"seed": s}) for s in (None, seed)]
+    for entry in entries:  # most sets bring their split: then all seeds share one entry
+        index, images = _open(entry, skip_unreadable)
+        if index:
+            break
+    else:
         run = partial(_run, workers, progress)
         plan, notes = _plan(root, files, choices, meta)
+        entry = entries["seed" in notes["split_origin"]]
         index, images = _build(root, plan, notes, choices, bad, entry, skip_unreadable, run)
-    report = {
-        "name": name, "root": str(root), "is_phantom": is_phantom, **index["report"],
-        "ignored": ignored | index["report"]["ignored"], "preprocessing": choices, "cache": str(entry or "none"),
-    }  # fmt: skip
+    report = {"name": name, "root": str(root), "is_phantom": is_phantom, **index["report"]}
+    report |= {"ignored": ignored, "preprocessing": choices, "cache": str(entry or "none")}
     for text in report["warnings"]:
         print(f"warning: {root}: {text}", file=sys.stderr)
     return SliceData(
@@ -236,13 +239,8 @@ def load(
         affine=np.array(index["affine"]),
         zooms=tuple(np.linalg.norm(np.array(index["affine"])[:3, :3], axis=0).tolist()),
         intensity_scale=index["intensity_scale"],
-        arguments=arguments,
         splits=_splits(root, index, images),
     )
-
-
-ARGUMENTS = tuple(load.__kwdefaults__)
-_LINUX = sys.platform == "linux"
 
 
 def _splits(root, index, images):
@@ -279,8 +277,8 @@ def _walk(root):
     Folders behind links are read after the real ones and never twice, so a link does not hide a
     split folder and a loop of links ends. A folder named like an image is looked into.
     """
-    if not root.is_dir():
-        what = "a file, not a folder" if root.exists() else "no such folder"
+    if not os.path.isdir(root):
+        what = "a file, not a folder" if os.path.exists(root) else "no such folder"
         raise UserError(f"{root}: {what}; give --data the folder that holds the slices")
     files, bad, ignored, seen = [], {}, Counter(), set()
     real, links = [""], []
@@ -316,7 +314,8 @@ def _walk(root):
                     stat = entry.stat()
                     files.append((folder, name, stat.st_size, stat.st_mtime_ns, stat.st_mode))
             except OSError:
-                bad[path] = "a broken link"
+                if _is_image(name):
+                    bad[path] = "a broken link"
         if _is_image(folder) and len(files) == before:
             bad[folder] = "a folder named like an image, with no image in it"
     if not files:
@@ -340,24 +339,19 @@ class _File:
 
 def _plan(root, files, choices, meta):
     """Every file with its patient, volume, label, position and split, sorted; and the report."""
-    warnings, ignored, regex = [], Counter(), _compiled(choices["group_regex"])
+    warnings, regex = [], _compiled(choices["group_regex"])
     places = {folder: _place(folder) for folder in {f[0] for f in files}}
     study = {folder for folder in places if "keras_slices" in folder.lower()}
     chosen = study or {f for f, (given, *_) in places.items() if given} or set(places)
     kept = [f for f in files if f[0] in chosen]
-    if len(kept) < len(files):
-        ignored["images outside the split folders"] = len(files) - len(kept)
     inner = [places[f][1] for f in chosen if not places[f][0]]
-    wrap = len(os.path.commonprefix(inner)) if len(inner) > 1 else 0  # folders around everything
-    plan, unknown, stems = [], [], set()
+    wrap = len(os.path.commonprefix(inner)) if inner else 0  # folders around everything
+    plan, unknown = [], []
     for folder, name, *_ in kept:
         given, folders, _ = places[folder]
         stem = re.sub(r"(?i)\.nii(\.gz)?$|\.[^.]*$", "", name)
-        if (folders, given, stem) in stems and name.lower().endswith(NIFTI):
-            ignored["second copies (.nii beside .nii.gz)"] += 1
-            continue
-        stems.add((folders, given, stem))
-        level = folders[0 if given else wrap :][:1]
+        folders = folders if given else folders[wrap:]
+        level = folders[:1]
         label = level[0] if level and not _FOLDER.fullmatch(level[0]) else None
         file = _File(f"{folder}/{name}" if folder else name, given, label)
         found = _identify(file.path, stem, folders, regex)
@@ -372,7 +366,7 @@ def _plan(root, files, choices, meta):
     layout = "folder of slices" + (" in class folders" if classes else "")
     if all(_CASE.match(os.path.basename(f.path)) for f in plan):
         layout = "HipMRI 3D volumes" if plan[0].number is None else "HipMRI 2D slices"
-    elif {*classes} == {"AD", "NC"} or meta:
+    elif classes and {*classes} <= {"AD", "NC", "CN", "MCI"}:
         layout = "ADNI 2D slices (AD_NC)"
         unknown += _name_adni_patients(plan, meta, warnings)
     elif unknown:
@@ -387,7 +381,8 @@ def _plan(root, files, choices, meta):
     return plan, {
         "layout": layout, "classes": dict(sorted(classes.items())), "split_origin": origin,
         "shared_patients": shared, "patients_separable": separable and not unknown,
-        "names_without_patient": len(unknown), "renamed_splits": renamed, "warnings": warnings, "ignored": dict(ignored),
+        "names_without_patient": len(unknown), "renamed_splits": renamed,
+        "warnings": warnings, "outside_split_folders": len(files) - len(kept),
         "folders_named_like_files": sum(_is_image(f) for f in chosen),
     }  # fmt: skip
 
@@ -546,7 +541,8 @@ def _why(error):
         MemoryError: "too large for this machine's memory",
     }
     first_line = (str(error).splitlines() or [""])[0][:120]
-    return known.get(type(error)) or f"{type(error).__name__}: {first_line}"
+    kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+    return known.get(type(error), kind + first_line)
 
 
 _DTYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4"}
@@ -610,7 +606,11 @@ def _read_nifti(path):
     except zlib.error as error:
         raise _Unreadable(f"damaged gzip ({error})") from None
     image = _nibabel(path)
-    array = np.asanyarray(image.dataobj).reshape(_squeezed(image.shape))
+    shape = _squeezed(image.shape)
+    try:
+        array = np.asanyarray(image.dataobj).reshape(shape)
+    except (OSError, EOFError):
+        raise _Unreadable("truncated") from None
     if array.dtype.names:  # colour, weighed as Pillow does
         rgb = np.stack([array[c] for c in array.dtype.names[:3]], -1).reshape(-1, 1, 3)
         return np.asarray(Image.fromarray(rgb).convert("L")).reshape(array.shape)
@@ -626,8 +626,10 @@ def _nibabel(path):
         image = nibabel.load(path)
     except nibabel.filebasedimages.ImageFileError:
         raise _Unreadable("not a NIfTI file, whatever its name says") from None
+    if not isinstance(image, nibabel.spatialimages.SpatialImage):
+        raise _Unreadable(f"a {type(image).__name__}, not a picture")
     if min(image.shape, default=0) < 1 or math.prod(image.shape) > 1 << 32:
-        raise _Unreadable(f"a header of {' x '.join(map(str, image.shape))} pixels makes no sense")
+        raise _Unreadable(f"a header that promises {math.prod(image.shape)} pixels")
     return image
 
 
@@ -637,7 +639,7 @@ def _read_raster(path):
     if not data:
         raise _Unreadable("empty, 0 bytes")
     try:
-        image = Image.open(BytesIO(data))
+        image = Image.open(BytesIO(data), formats=("PNG", "JPEG", "TIFF"))
     except OSError:
         raise _Unreadable("not an image, whatever its name says") from None
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
@@ -653,12 +655,21 @@ def _header(path):
     try:
         if path.lower().endswith(NIFTI):
             image = _nibabel(path)
-            affine = image.affine if image.affine is not None else np.eye(4)
-            return _squeezed(image.shape), np.array(affine, dtype=float)
+            shape, affine = image.shape, np.array(image.affine, dtype=float)
+            if len(shape) > 2 and shape[2] > 1 and 1 in shape[:2]:  # a slice stored edgeways
+                affine = _turned(affine, shape.index(1), 0)
+            return _squeezed(shape), affine
         with Image.open(path) as image:
             return (image.height, image.width), np.eye(4)
     except Exception:
         return None
+
+
+def _turned(affine, axis, plane):
+    """Affine of one plane across an array axis, which becomes the third."""
+    turned = affine[:, [a for a in range(3) if a != axis] + [axis, 3]]
+    turned[:, 3] += plane * affine[:, axis]
+    return turned
 
 
 def _axis(affine, plane):
@@ -706,9 +717,21 @@ class _Group:
             yield from images
 
 
+def _high_percentile(pixels):
+    """np.percentile(pixels, PERCENTILE), sorting only the few pixels above a sampled guess."""
+    rank = (len(pixels) - 1) * PERCENTILE / 100
+    tail = pixels[pixels >= np.percentile(pixels[::101], PERCENTILE - 2)]
+    rank -= len(pixels) - len(tail)
+    if rank < 0:
+        return float(np.percentile(pixels, PERCENTILE))
+    tail.sort()
+    low, high = tail[int(rank)], tail[min(int(rank) + 1, len(tail) - 1)]
+    return float(low + (high - low) * (rank % 1))
+
+
 def _window(sample, low, top):
     """(shift, scale) of a volume: value = (raw - shift) / scale; sample: its pixels."""
-    high = float(np.percentile(sample, PERCENTILE))
+    high = _high_percentile(sample)
     floor = float(np.percentile(sample, 100 - PERCENTILE)) if low < 0 else 0.0
     shift = floor if floor < -0.02 * abs(high) else 0.0  # ringing is clipped, the air of CT shifted
     high = high if high > shift else top  # nearly all background
@@ -779,6 +802,10 @@ def _decode(root, out, shrink, size, groups):
     return rows, windows, kept
 
 
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _run(workers, progress, groups, work, out):
     """Do `work` on all groups; images that come back go to the array `out`. -> rows, windows."""
     jobs = [[]]
@@ -801,18 +828,16 @@ def _run(workers, progress, groups, work, out):
             for job in jobs:
                 take(work(job))
             return sorted(rows), sorted(windows)
-        torch = sys.modules.get("torch")
-        forks = _LINUX and not (torch and torch.cuda.is_initialized())  # quick, but not after CUDA
+        torch = sys.modules.get("torch")  # forking is quick, and sound until CUDA has started
+        forks = sys.platform == "linux" and not (torch and torch.cuda.is_initialized())
         pool = ProcessPoolExecutor(
             min(workers, len(jobs)),
             multiprocessing.get_context("fork" if forks else "spawn"),
             partial(signal.signal, signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is the parent's
         )
         try:
-            todo = [pool.submit(work, job) for job in jobs]
-            for done in as_completed(todo):
+            for done in as_completed([pool.submit(work, job) for job in jobs]):
                 take(done.result())
-                done._result = None
         except BrokenProcessPool:
             raise UserError("--workers: a decoding process was killed; give --workers 1") from None
         finally:
@@ -821,7 +846,7 @@ def _run(workers, progress, groups, work, out):
 
 
 def _groups(root, plan, plane, n_slices):
-    """What to decode: [(file, plane, position)] row by row, their groups, and a sample of shapes."""
+    """What to decode: [(file, plane, position)] row by row, their groups, a sample of shapes."""
     sampled = [_header(f"{root}/{f.path}") for f in plan[:: max(1, len(plan) // 64)]]
     shapes = [h[0] for h in sampled if h]
     volumes = sum(len(s) == 3 for s in shapes) * 2 > len(shapes)  # a lone one is a mistake
@@ -881,12 +906,14 @@ def _build(root, plan, notes, choices, bad, entry, skip, run):
             )
         good = [d for d in decoded if d[1]]
         index = _index(root, rows, groups, good, windows, (common, size, shrink), bad)
+        if index["report"]["volumes_cut"] and "HipMRI" not in notes["layout"]:
+            notes["layout"] = notes["layout"].replace("slices", "3D volumes, cut into slices")
         index["report"] = notes | index["report"]
         if not entry:
             return index, out if len(good) == len(rows) else out[[d[0] for d in good]]
         _close_gaps(out, [d[0] for d in good], 2 * size[0] * size[1])
         (draft / "index.json").write_text(json.dumps(index))
-        _publish(draft, entry)
+        _publish(draft, entry, skip)
         found = _open(entry, skip)
         if found[0] is None:
             raise OSError(errno.EIO, "the new cache entry cannot be read back")
@@ -894,8 +921,8 @@ def _build(root, plan, notes, choices, bad, entry, skip, run):
     except OSError as error:
         where, why = entry.parent if entry else root, error.strerror or error
         raise UserError(
-            f"{where}: cannot write the cache ({why}); free some space, or give another --cache_dir "
-            "or --cache_dir none"
+            f"{where}: cannot write the cache ({why}); free some space, or give another "
+            "--cache_dir or --cache_dir none"
         ) from None
     except MemoryError:
         raise UserError(f"{root}: too large for memory; give --cache_dir DIR") from None
@@ -932,22 +959,12 @@ def _index(root, rows, groups, good, windows, geometry, bad):
         "intensity_scale": float(np.median(scales)),
         "fingerprint": hashlib.sha256(json.dumps([size, stamps]).encode()).hexdigest()[:32],
         "columns": {
-            "path": [f.path for f, *_ in mine],
-            "patient": [f.patient for f, *_ in mine],
-            "volume": [f.volume for f, *_ in mine],
-            "label": [f.label for f, *_ in mine],
-            "position": [position for *_, position in mine],
-            "index": [plane for _, plane, _ in mine],
+            **{n: [getattr(r[0], n) for r in mine] for n in ("path", "patient", "volume", "label")},
+            "index": [row[1] for row in mine],
+            "position": [row[2] for row in mine],
         },
         "report": {
-            "splits": {
-                split: {
-                    "slices": counts[split],
-                    "patients": len({f.patient for f, *_ in mine if f.split == split}),
-                    "volumes": len({f.volume for f, *_ in mine if f.split == split}),
-                }
-                for split in SPLITS
-            },
+            "splits": {s: {"slices": counts[s], **_members(mine, s)} for s in SPLITS},
             "size": list(size),
             "sizes": {f"{h} x {w}": n for (h, w), n in sizes.most_common()},
             "most_common_size": list(common),
@@ -968,17 +985,20 @@ def _index(root, rows, groups, good, windows, geometry, bad):
     }
 
 
+def _members(rows, split):
+    files = [row[0] for row in rows if row[0].split == split]
+    return {f"{n}s": len({getattr(f, n) for f in files}) for n in ("patient", "volume")}
+
+
 def _any_longer(a, b):
     return a[0] > b[0] or a[1] > b[1]
 
 
 def _grid(path, axis, plane, shape, size, shrink):
     """Affine (4, 4) of the (H, W, 1) grid of a slice, after cutting, shrinking, cropping."""
-    affine = _header(path)[1]
+    affine = (_header(path) or (None, np.eye(4)))[1]
     if axis is not None:
-        kept = [a for a in range(3) if a != axis]
-        affine[:3, 3] += plane * affine[:3, axis]
-        affine[:, :3] = affine[:, [*kept, axis]]
+        affine = _turned(affine, axis, plane)
     small, grid = _shrunk(shape, shrink), np.eye(4)
     for a, offset in enumerate(_offsets(small, size)):
         ratio = shape[a] / small[a]
@@ -1011,6 +1031,12 @@ def _cache_folder(cache_dir):
     return Path(chosen).expanduser()
 
 
+def _entry(cache, name, key, choices):
+    key = key.copy()
+    key.update(json.dumps(choices, sort_keys=True).encode())
+    return cache and cache / f"{name}-{key.hexdigest()[:20]}"
+
+
 def _open(entry, skip):
     """(index, images) of a cache entry, or (None, None) if it is not there, whole and wanted."""
     try:
@@ -1025,14 +1051,15 @@ def _open(entry, skip):
         return None, None
 
 
-def _publish(draft, entry):
+def _publish(draft, entry, skip):
     """Put a finished entry in its place in one step, whoever else does the same."""
-    try:
-        os.rename(draft, entry)
-    except OSError:
-        if _open(entry, skip=False)[0] is None:  # what is there is broken or has gaps
-            os.rename(entry, draft / "old")
+    for _ in range(2):
+        with suppress(OSError):
             os.rename(draft, entry)
+        if _open(entry, skip)[0]:  # mine, or that of somebody who was faster
+            break
+        with suppress(OSError), tempfile.TemporaryDirectory(dir=entry.parent) as aside:
+            os.rename(entry, Path(aside, "broken"))
 
 
 @lru_cache
@@ -1087,19 +1114,9 @@ def add_data_arguments(parser, suppress_default=False):
     add("--skip_unreadable", False, text, action="store_true")
 
 
-def arguments(args, defaults=None) -> dict:
-    """The arguments of `load`: flags that were given, then `defaults` (of a run), then its own.
-
-    The seed is no such flag: a seed for training or sampling must not move patients.
-    """
-    names = [n for n in ("data", *ARGUMENTS) if n not in ("seed", "progress")]
-    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return {"data": "phantom"} | load.__kwdefaults__ | (defaults or {}) | given
-
-
-def load_from_args(args, defaults=None, **overrides) -> SliceData:
-    """`load` with `arguments(args, defaults)` and what overrides them."""
-    return load(**{**arguments(args, defaults), **overrides})
+def load_from_args(args, **overrides) -> SliceData:
+    """`load` with the flags of `add_data_arguments` (and --seed, where args has one)."""
+    return load(**{**utils.data_arguments(args, load), **overrides})
 
 
 def _draw(data, out):
@@ -1117,9 +1134,10 @@ def _draw(data, out):
     for split, row in zip(SPLITS, axes, strict=True):
         part = data[split]
         shown = min(columns, len(part))
-        for axis, i in zip(row, (np.arange(shown) + 0.5) * len(part) / shown, strict=False):
-            item = part.slices[int(i)]
-            axis.imshow(part.images[int(i)], cmap="gray", vmin=0, vmax=65535)
+        for k, axis in enumerate(row[:shown]):
+            i = int((k + 0.618 * k % 1) * len(part) / shown)  # all volumes, at varied positions
+            item = part.slices[i]
+            axis.imshow(part.images[i], cmap="gray", vmin=0, vmax=65535)
             title = f"{split}: {item.volume[-24:]}\n{item.label or ''} at {item.position:.2f}"
             axis.set_title(title, fontsize=7)
     figure.suptitle(data.describe(), fontsize=8)
@@ -1145,16 +1163,16 @@ def main():
     text = "folder for the two figures and report.json"
     parser.add_argument("--out", type=Path, default=Path("runs/dataset"), metavar="DIR", help=text)
     args = parser.parse_args()
-    data = load_from_args(args, seed=args.seed)
+    data = load_from_args(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "report.json").write_text(json.dumps(data.report, indent=2))
+    _draw(data, args.out)
     print(data.describe())
     for key, value in data.report.items():
         if key != "warnings":
             print(f"  {key}: {json.dumps(value) if isinstance(value, dict | list) else value}")
     for a, b in (SPLITS[:2], SPLITS[1:], SPLITS[::2]):
         print(f"patients in both {a} and {b}: {len({*data[a].patients} & {*data[b].patients})}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "report.json").write_text(json.dumps(data.report, indent=2))
-    _draw(data, args.out)
     print(f"wrote contact_sheet.png, histogram.png and report.json in {args.out}")
 
 

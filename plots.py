@@ -7,6 +7,8 @@ matplotlib.use("Agg")  # no screen is needed, or looked for
 import matplotlib.pyplot as plt
 import numpy as np
 
+import utils
+
 TITLES = {
     "ssim": "SSIM on validation",
     "psnr": "PSNR on validation (dB)",
@@ -21,8 +23,7 @@ TITLES = {
 
 def _title(config, text):
     """`text` with the data it shows, so that no picture of a phantom passes for a patient."""
-    name = "PHANTOM (synthetic)" if config["data"]["is_phantom"] else config["data"]["name"]
-    return f"{name}: {text}"
+    return f"{utils.data_name(config)}: {text}"
 
 
 def _save(figure, path):

@@ -71,7 +71,9 @@ def main():
     vq_vae = utils.load_model(run_dir, "vq_vae", device)
     label = pick_label(args.label, config["data"]["classes"])
     prior = load_prior(run_dir, device)
-    data = dataset.load(**dataset.arguments_from(args, config["data"]["arguments"]))
+    arguments = utils.data_arguments(args, dataset.load, config["data"]["arguments"])
+    utils.announce(arguments)
+    data = dataset.load(**arguments)
     print(data.describe())
     if list(data.size) != config["data"]["size"]:
         raise UserError(
@@ -218,7 +220,7 @@ def draw_samples(args, vq_vae, prior, label, data, config, device, out, result):
     images = np.concatenate(images)
     seconds = time.perf_counter() - start
     for i, image in enumerate(images):
-        save_nifti(image, data, folder / f"sample_{i:05d}.nii.gz")
+        save_nifti(image, data, folder / f"sample_{i:05d}.nii.gz", utils.data_name(config))
     note = f"temperature {args.temperature:g}" + (f", top {args.top_k}" if args.top_k else "")
     note += f", label {args.label}" if args.label else ""
     plots.samples(images[:32], out / "samples.png", config, note)
@@ -231,11 +233,11 @@ def draw_samples(args, vq_vae, prior, label, data, config, device, out, result):
     }
 
 
-def save_nifti(image, data, path):
+def save_nifti(image, data, path, name):
     """A slice (H, W) in [0, 1] as NIfTI, in integer units and with the voxel size of its data."""
     units = np.round(image * data.intensity_scale).astype(np.int16)
     nifti = nib.Nifti1Image(units[:, :, None], data.affine)
-    nifti.header["descrip"] = b"generated, no patient"
+    nifti.header["descrip"] = f"generated, no patient; like {name}".encode()[:79]
     nib.save(nifti, path)
 
 

@@ -163,12 +163,13 @@ def main():
     first = utils.load_config(run_dir, "vq_vae") if args.mode == "pixelcnn" else None
     args.preset = args.preset or (first["preset"] if first else "demo")
     settings = resolve(args)
-    arguments = dataset.arguments_from(args, first and first["data"]["arguments"])
+    arguments = utils.data_arguments(args, dataset.load, first and first["data"]["arguments"])
     if args.dry_run:
         given = {"mode": args.mode, "preset": args.preset, "run_dir": str(run_dir)}
         print(json.dumps(given | {"data": arguments} | settings, indent=2))
         return
     device = utils.pick_device(args.device)
+    utils.announce(arguments)
     data = dataset.load(**arguments)
     print(data.describe())
     args.data_arguments = arguments
@@ -184,7 +185,7 @@ def main():
 
 
 def train_vq_vae(args, run_dir, settings, data, device):
-    model_config = VQVAEConfig(**settings["model"])
+    model_config = configure(VQVAEConfig, settings["model"])
     check_size(data, model_config.downsample)
     config = make_config(args, settings, model_config, data)
     torch.manual_seed(args.seed)
@@ -247,12 +248,9 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
         (torch.from_numpy(codes[split]), torch.from_numpy(data[split].labels))
         for split in ("train", "validate")
     )
-    model_config = PixelCNNConfig(
-        n_embeddings=first["model"]["n_embeddings"],
-        size=tuple(codes["train"].shape[1:]),
-        n_classes=len(data.classes),
-        **settings["model"],
-    )
+    of_stage_one = {"n_embeddings": first["model"]["n_embeddings"], "size": codes["train"].shape[1:]}
+    labels = {"n_classes": len(data.classes)}
+    model_config = configure(PixelCNNConfig, of_stage_one | labels | settings["model"])
     config = make_config(args, settings, model_config, data)
     config["vq_vae"] = utils.file_hash(run_dir / "vq_vae" / "model.safetensors")
     torch.manual_seed(args.seed)
@@ -309,6 +307,14 @@ def _save_npz(path, arrays):
 # ------------------------------------------------------------------------------------------------
 # What both stages share
 # ------------------------------------------------------------------------------------------------
+
+
+def configure(kind, values):
+    """A model's configuration, its complaints as a `UserError`."""
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
 
 
 def make_config(args, settings, model_config, data):
@@ -396,7 +402,8 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
         figures = score(averaged)
         mean = {name: float(np.mean([r[name] for r in running])) for name in running[0]}
         running.clear()
-        log.append({"update": update, "train": mean, "validate": figures})
+        entry = {"update": update, "data": utils.data_name(config)}
+        log.append(entry | {"train": mean, "validate": figures})
         for name in {"ssim", "used", "bits_per_code"} & figures.keys():
             shown[f"val {name}"] = f"{figures[name]:.4g}"
         if state["best"] is None or better(figures[key], state["best"]) != state["best"]:

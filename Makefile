@@ -1,0 +1,28 @@
+# make demo: train and sample on the built-in phantom.  make test: lint and tests.  make clean: remove both.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+demo: $(VENV)/.installed
+	$(BIN)/python train.py --mode vq_vae
+	$(BIN)/python train.py --mode pixelcnn
+	$(BIN)/python predict.py
+
+test: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: Python 3.11 or newer is needed; make PYTHON=python3.12 demo"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) \
+		|| { echo "error: no venv module; on Debian or Ubuntu: apt install python3-venv"; exit 2; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs
+
+.PHONY: demo test install clean

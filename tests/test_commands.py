@@ -1,0 +1,212 @@
+"""The three commands as a user types them, mistakes included."""
+
+import csv
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import SMALL_PRIOR, SMALL_VQ_VAE, call
+from PIL import Image
+from skimage.metrics import structural_similarity
+
+import dataset
+import utils
+
+
+@pytest.fixture(scope="module")
+def predicted(run_dir):
+    out, _ = call(f"predict.py --run_dir {run_dir} --n_samples 3")
+    return out, json.loads((run_dir / "predict" / "metrics.json").read_text())
+
+
+def contents(path):
+    return {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def mistake(command, *words):
+    """The command must end with status 2 and one line on stderr that holds `words`."""
+    _, err = call(command, code=2)
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_a_run_holds_the_files_of_both_stages(run_dir):
+    for stage in ("vq_vae", "pixelcnn"):
+        names = {"config.json", "model.safetensors", "checkpoint.pt", "log.jsonl", "curves.png"}
+        assert names <= {p.name for p in (run_dir / stage).iterdir()}
+        log = [json.loads(line) for line in (run_dir / stage / "log.jsonl").open()]
+        assert [entry["update"] for entry in log] == ([3, 6] if stage == "vq_vae" else [2, 4])
+    assert {p.name for p in (run_dir / "codes").iterdir()} == {
+        "train.npz", "validate.npz", "test.npz",
+    }  # fmt: skip
+
+
+def test_the_stored_codes_are_those_of_the_frozen_vq_vae(run_dir, data):
+    model = utils.load_model(run_dir, "vq_vae")
+    split = dataset.load(data)["test"]
+    with np.load(run_dir / "codes" / "test.npz") as stored:
+        assert np.array_equal(model.encode(split.batch(np.arange(len(split)))), stored["codes"])
+
+
+def test_the_reported_ssim_is_skimages(predicted, run_dir, data):
+    _, metrics = predicted
+    model = utils.load_model(run_dir, "vq_vae")
+    split = dataset.load(data)["test"]
+    x = split.batch(np.arange(len(split)))
+    x_hat = model(x)[0].clamp(0, 1).detach()
+    expected = [
+        structural_similarity(a.numpy(), b.numpy(), data_range=1.0)
+        for a, b in zip(x[:, 0], x_hat[:, 0], strict=True)
+    ]
+    r = metrics["reconstruction"]
+    assert r["ssim_mean"] == pytest.approx(np.mean(expected), abs=1e-5)
+    assert r["ssim_std"] == pytest.approx(np.std(expected), abs=1e-5)
+    assert r["n_slices"] == len(split)
+    with open(run_dir / "predict" / "per_slice.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["ssim"]) for row in rows] == pytest.approx(expected, abs=1e-5)
+    assert [row["patient"] for row in rows] == split.patients
+
+
+def test_samples_are_nifti_like_the_data(predicted, run_dir, data):
+    files = sorted((run_dir / "predict" / "samples").glob("*.nii.gz"))
+    assert len(files) == 3
+    real = nib.load(next((data / "keras_slices_train").iterdir()))
+    for file in files:
+        image = nib.load(file)
+        assert np.squeeze(np.asanyarray(image.dataobj)).shape == (256, 128)
+        assert image.get_data_dtype().kind == "i"
+        assert image.header.get_zooms()[:2] == pytest.approx(real.header.get_zooms()[:2])
+        assert b"no patient" in image.header["descrip"].item()
+
+
+def test_predicting_twice_gives_the_same(predicted, run_dir, tmp_path):
+    _, first = predicted
+    call(f"predict.py --run_dir {run_dir} --n_samples 3 --out {tmp_path / 'again'}")
+    second = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    for metrics in (first, second):
+        metrics["samples"].pop("seconds")
+    assert first == second
+    for name in ("sample_00000.nii.gz", "sample_00002.nii.gz"):
+        a, b = (
+            np.asanyarray(nib.load(folder / "samples" / name).dataobj)
+            for folder in (run_dir / "predict", tmp_path / "again")
+        )
+        assert np.array_equal(a, b)
+
+
+def test_pictures_open(predicted, run_dir):
+    for name in ("reconstructions", "codes", "samples"):
+        with Image.open(run_dir / "predict" / f"{name}.png") as picture:
+            assert min(picture.size) > 300
+
+
+def test_without_samples(run_dir, tmp_path):
+    out, _ = call(f"predict.py --run_dir {run_dir} --n_samples 0 --out {tmp_path / 'out'}")
+    assert "skipped" in out
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["samples"] is None
+
+
+def test_dry_run_prints_json_and_writes_nothing(tmp_path):
+    out, _ = call(
+        f"train.py -mode vq_vae --preset classic --n_hiddens 7 --dry_run --run_dir {tmp_path / 'r'}"
+    )
+    settings = json.loads(out)
+    assert settings["model"]["n_hiddens"] == 7
+    assert settings["model"]["n_residual_hiddens"] == 32
+    assert settings["train"]["n_updates"] == 5000
+    assert not (tmp_path / "r").exists()
+
+
+def test_slices_with_classes_of_another_shape(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, patients in (("train", 4), ("validate", 1), ("test", 1)):
+        for p in range(patients):
+            folder = tmp_path / "set" / split / ("sick" if p % 2 else "well")
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(3):
+                pixels = rng.integers(0, 255, (48, 40), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"s{split[:2]}{p}_{i:02d}.jpg")
+    run = tmp_path / "run"
+    call(f"train.py --mode vq_vae --data {tmp_path / 'set'} --run_dir {run} {SMALL_VQ_VAE}")
+    call(f"train.py --mode pixelcnn --run_dir {run} {SMALL_PRIOR}")
+    call(f"predict.py --run_dir {run} --n_samples 2 --label sick")
+    image = nib.load(run / "predict" / "samples" / "sample_00001.nii.gz")
+    assert np.squeeze(image.get_fdata()).shape == (48, 40)
+    mistake(f"predict.py --run_dir {run} --label ill", "ill", "sick", "well")
+
+
+# ---------------------------------------------------------------------------------- mistakes
+
+
+def test_stage_two_before_stage_one(tmp_path):
+    command = f"train.py --mode pixelcnn --run_dir {tmp_path / 'r'}"
+    mistake(command, "no trained vq_vae", "train.py --mode vq_vae")
+    mistake(f"predict.py --run_dir {tmp_path / 'r'}", "no trained vq_vae", "--mode vq_vae")
+    assert not (tmp_path / "r").exists()
+
+
+def test_no_data(tmp_path):
+    run = tmp_path / "r"
+    mistake(f"train.py --mode vq_vae --data {tmp_path / 'none'} --run_dir {run}", "none")
+    (tmp_path / "empty").mkdir()
+    mistake(f"train.py --mode vq_vae --data {tmp_path / 'empty'} --run_dir {run}", "empty")
+    assert not run.exists()
+
+
+def test_a_run_made_for_other_data_or_another_size(run_dir, data, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    for file in list((other / "keras_slices_train").iterdir())[:3]:
+        file.unlink()
+    before = contents(run_dir)
+    command = f"train.py --mode vq_vae --run_dir {run_dir} {SMALL_VQ_VAE}"
+    mistake(f"{command} --data {other}", "--fresh", "--run_dir")
+    mistake(f"{command} --data {data} --image_size 128 64", "128", "--fresh")
+    mistake(f"train.py --mode pixelcnn --run_dir {run_dir} --data {other}", "other data")
+    mistake(f"predict.py --run_dir {run_dir} --image_size 128 64", "256", "128 x 64")
+    assert contents(run_dir) == before
+
+
+def test_a_size_that_does_not_divide(data, tmp_path):
+    command = f"train.py --mode vq_vae --data {data} --run_dir {tmp_path / 'r'}"
+    mistake(f"{command} --image_size 250 128", "250 x 128", "--image_size 248 128")
+    assert not (tmp_path / "r").exists()
+
+
+def test_an_unknown_label(run_dir):
+    before = contents(run_dir)
+    mistake(f"predict.py --run_dir {run_dir} --label AD", "AD", "none")
+    assert contents(run_dir) == before
+
+
+@pytest.mark.parametrize(
+    "flags", ["--n_updates 0", "--learning_rate x", "--kernel_size 4", "--preset bse", "--dropout 1"]
+)
+def test_flags_that_make_no_sense(run_dir, flags):
+    _, err = call(f"train.py --mode pixelcnn --run_dir {run_dir} {flags}", code=2)
+    assert "Traceback" not in err
+    assert flags.split()[0].lstrip("-") in err.splitlines()[-1]
+
+
+def test_weights_cut_short(run_dir, tmp_path):
+    broken = tmp_path / "run"
+    shutil.copytree(run_dir, broken)
+    weights = broken / "vq_vae" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    mistake(f"predict.py --run_dir {broken}", "model.safetensors", "--fresh")
+    (broken / "vq_vae" / "config.json").write_text("{")
+    mistake(f"predict.py --run_dir {broken}", "config.json", "--fresh")
+
+
+def test_a_prior_of_another_vq_vae_is_not_used(run_dir, data, tmp_path):
+    other = tmp_path / "run"
+    shutil.copytree(run_dir, other)
+    call(f"train.py --mode vq_vae --data {data} --run_dir {other} --fresh {SMALL_VQ_VAE} --seed 1")
+    mistake(f"predict.py --run_dir {other}", "another VQ-VAE", "--fresh")
+    mistake(f"train.py --mode pixelcnn --run_dir {other} {SMALL_PRIOR}", "another", "--fresh")

@@ -1,0 +1,1012 @@
+"""dataset.py against nibabel, Pillow and numpy: layouts, patients, pixels, cache, bad files."""
+
+import errno
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import types
+import zlib
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+import dataset
+from dataset import SPLITS
+from utils import UserError
+
+REPO = Path(dataset.__file__).parent
+BRAIN = Path("/work/shared/data/brain")
+SIZE = (12, 8)
+
+
+@pytest.fixture
+def load(tmp_path):
+    def call(root, **options):
+        options = {"cache_dir": tmp_path / "cache", "workers": 1, "progress": False} | options
+        return dataset.load(root, **options)
+
+    return call
+
+
+def pixels(seed, size=SIZE, top=300):
+    return np.random.default_rng(seed).integers(0, top, size).astype(np.int16)
+
+
+def save(path, array, affine=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name.endswith((".nii", ".nii.gz")):
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+    else:
+        Image.fromarray(array).save(path)
+    return path
+
+
+def hipmri(root, cases=((4, 5, 6), (36,), (40, 41)), weeks=2, slices=4, ending=".nii.gz"):
+    for split, members in zip(SPLITS, cases, strict=True):
+        for case in members:
+            for week in range(weeks):
+                for i in range(slices):
+                    name = f"case_{case:03d}_week_{week}_slice_{i}{ending}"
+                    array = pixels(1000 * case + 10 * week + i, top=100 * (1 + week))
+                    save(root / f"keras_slices_{split}" / name, array)
+                    save(root / f"keras_slices_seg_{split}" / f"seg_{name[5:]}", array // 100)
+    return root
+
+
+def folder(root, names, size=SIZE):
+    for i, name in enumerate(names):
+        save(root / name, pixels(i, size).astype(np.uint8))
+    return root
+
+
+def python(*words):
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+
+
+def patients(data):
+    return {s: set(data[s].patients) for s in SPLITS}
+
+
+def assert_no_patient_in_two_splits(data):
+    train, validate, test = patients(data).values()
+    assert train
+    assert validate
+    assert test
+    assert not train & validate
+    assert not train & test
+    assert not validate & test
+
+
+def expected(arrays):
+    """A volume in [0, 1] as DESIGN.md has it, by numpy alone."""
+    volume = np.stack(arrays).astype(np.float64)
+    return np.clip(volume / np.percentile(volume, 99.5), 0, 1)
+
+
+def by_path(data):
+    return {item.path: split.images[i] for split in (data[s] for s in SPLITS)
+            for i, item in enumerate(split.slices)}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Layouts, patients, labels
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii"])
+def test_hipmri_2d(tmp_path, load, ending):
+    data = load(hipmri(tmp_path / "hip", ending=ending))
+    assert data.layout == "HipMRI 2D slices"
+    assert [len(data[s]) for s in SPLITS] == [24, 8, 16]
+    assert patients(data)["test"] == {"case_040", "case_041"}
+    assert data.report["split_origin"] == "as given"
+    assert data.report["ignored"] == {"folders of label maps": 3}
+    item = data["train"].slices[1]
+    assert item.volume == "case_004_week_0"
+    assert (item.split, item.label, item.index) == ("train", None, 0)
+    assert item.position == pytest.approx(1 / 3)
+    assert data.describe().startswith("hip: HipMRI 2D slices, 12 x 8")
+    json.dumps(data.report)
+
+
+def test_intensity_is_that_of_the_volume_and_of_no_other_split(tmp_path, load):
+    root = hipmri(tmp_path / "hip")
+    images = by_path(load(root))
+    for split in SPLITS:
+        for volume in {p.name.rsplit("_", 1)[0] for p in root.glob(f"keras_slices_{split}/*")}:
+            paths = sorted(root.glob(f"keras_slices_{split}/{volume}_*"))
+            want = expected([nibabel.load(p).get_fdata() for p in paths])
+            got = np.stack([images[str(p)] for p in paths]) / 65535
+            assert np.abs(got - want).max() <= 1 / 65535
+
+
+def test_batch_is_a_float_tensor(tmp_path, load):
+    train = load(hipmri(tmp_path / "hip"))["train"]
+    batch = train.batch([5, 0])
+    assert (tuple(batch.shape), str(batch.dtype)) == ((2, 1, *SIZE), "torch.float32")
+    assert np.array_equal((batch[:, 0].numpy() * 65535).round(), train.images[[5, 0]])
+    assert (batch.min() >= 0, batch.max()) == (True, 1)
+
+
+@pytest.mark.parametrize(("plane", "axis"), [("sagittal", 0), ("coronal", 1), ("axial", 2)])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_hipmri_3d_is_cut_along_a_plane(tmp_path, load, plane, axis, order):
+    affine = np.diag([-1.7, -1.6, 1.5, 1])[:, [*order, 3]]  # LPS, axes stored in any order
+    volumes = {}
+    for case in (4, 5, 36, 40):
+        array = pixels(case, (10, 9, 8)).transpose(order)
+        name = f"Case_{case:03d}_Week1_LFOV.nii.gz"
+        volumes[case] = array
+        save(tmp_path / "hip/semantic_MRs_anon" / name, array, affine)
+        label = name.replace("LFOV", "SEMANTIC_LFOV")
+        save(tmp_path / "hip/semantic_labels_anon" / label, array // 100, affine)
+    data = load(tmp_path / "hip", plane=plane, slices=5)
+    assert data.layout == "HipMRI 3D volumes"
+    assert patients(data) == {"train": {"case_004", "case_005"}, "validate": {"case_036"},
+                              "test": {"case_040"}}  # fmt: skip
+    stored, n = order.index(axis), (10, 9, 8)[axis]
+    first = (n - 5) // 2
+    wanted = np.moveaxis(volumes[36], stored, 0)[first : first + 5]
+    assert np.abs(data["validate"].images / 65535 - expected(wanted)).max() <= 1 / 65535
+    assert [s.index for s in data["validate"].slices] == list(range(first, first + 5))
+    assert data["validate"].positions.tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert data["validate"].slices[0].volume == "case_036_week_1"
+    kept = [a for a in range(3) if a != stored]  # voxel (2, 3) of the first slice, by hand
+    voxel = np.zeros(4)
+    voxel[[*kept, stored, 3]] = 2, 3, first, 1
+    assert np.allclose(data.affine @ (2, 3, 0, 1), affine @ voxel)
+    assert len(load(tmp_path / "hip", plane=plane)["validate"]) == n  # fewer than 60 there
+
+
+def adni(root, shared=2, known=True, listed=True):
+    """12 patients of 2 scans in train, 6 in test, of whom `shared` are in both."""
+    records, scan = {}, 100
+    for split, members in (("train", range(12)), ("test", range(12 - shared, 18 - shared))):
+        for patient in members:
+            for _ in range(2):
+                scan += 1
+                label = ("AD", "NC")[patient % 2]
+                raw = f"/x/ADNI_{patient:03d}_S_{patient:04d}_MR_br_raw_S{scan}.nii"
+                records[str(scan)] = {"c1": "x", "raw": raw, "label": 2 * (patient % 2)}
+                names = [f"AD_NC/{split}/{label}/{scan}_{i}.jpeg" for i in (78, 79, 100)]
+                folder(root, names)
+    if not listed:
+        records = [{"image": f"{k}.nii", **v} for k, v in records.items()]
+    if known:
+        (root / dataset.ADNI_JSON).write_text(json.dumps(records))
+    return root
+
+
+@pytest.mark.parametrize("start", ["", "AD_NC"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_adni_split_is_replaced_by_one_of_patients(tmp_path, load, capsys, start, listed):
+    data = load(adni(tmp_path / "adni", listed=listed) / start)
+    assert data.layout == "ADNI 2D slices (AD_NC)"
+    assert_no_patient_in_two_splits(data)
+    assert sum(map(len, patients(data).values())) == 16
+    assert "2 patients are in more than one of the given splits" in capsys.readouterr().err
+    assert data.report["shared_patients"] == 2
+    assert data.report["patients_separable"]
+    assert data.classes == ["AD", "NC"]
+    for item, label in zip(data["train"].slices, data["train"].labels, strict=True):
+        assert dataset._ADNI.fullmatch(item.patient)
+        assert f"/{item.label}/" in item.path
+        assert data.classes[label] == item.label
+    assert data["train"].positions[:3].tolist() == [0, 0.5, 1]
+
+
+def test_adni_as_given_keeps_the_leak_and_says_so(tmp_path, load, capsys):
+    data = load(adni(tmp_path / "adni"), split_policy="as_given")
+    seen = patients(data)
+    assert len((seen["train"] | seen["validate"]) & seen["test"]) == 2
+    assert all("/test/" in s.path for s in data["test"].slices)
+    assert len(data["test"]) == 6 * 2 * 3
+    assert "flatter" in capsys.readouterr().err
+    assert data.report["shared_patients"] == 2
+
+
+def test_adni_without_its_json_says_that_scans_stand_for_patients(tmp_path, load, capsys):
+    data = load(adni(tmp_path / "adni", known=False))
+    assert data.report["patients_separable"] is False
+    assert "no meta_data_with_label.json" in capsys.readouterr().err
+    assert "CANNOT BE TOLD APART" in data.describe()
+
+
+def test_adni_with_a_broken_json(tmp_path, load):
+    root = adni(tmp_path / "adni")
+    (root / dataset.ADNI_JSON).write_text("{")
+    with pytest.raises(UserError, match="meta_data_with_label.json: not readable as JSON"):
+        load(root)
+
+
+@pytest.mark.parametrize("words", [("train", "validate", "test"), ("Training", "val", "testing"),
+                                   ("x_train", "x-valid", "x_test")])  # fmt: skip
+def test_split_folders_and_class_folders(tmp_path, load, words):
+    names = [f"{w}/{c}/s{10 * k + j:03d}{c}_{i}.png" for k, w in enumerate(words)
+             for j, c in enumerate("ab") for i in range(3)]  # fmt: skip
+    data = load(folder(tmp_path / "set", [n.replace("a_", "_").replace("b_", "_") for n in names]))
+    assert [len(data[s]) for s in SPLITS] == [6, 6, 6]
+    assert data.classes == ["a", "b"]
+    assert data["test"].labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.report["split_origin"] == "as given"
+
+
+def test_one_folder_is_divided_by_patient_with_the_seed(tmp_path, load):
+    root = folder(tmp_path / "set", [f"s{p:03d}_{i}.png" for p in range(20) for i in range(2)])
+    first, again, other = load(root), load(root, cache_dir="none"), load(root, seed=1)
+    for data in (first, other):
+        assert_no_patient_in_two_splits(data)
+        assert [len(v) for v in patients(data).values()] == [14, 3, 3]
+    assert patients(first) == patients(again) != patients(other)
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    assert first.classes == []
+    assert set(first["train"].labels.tolist()) == {-1}
+
+
+def test_a_missing_validation_split_is_taken_from_train(tmp_path, load):
+    names = [f"train/s{p:03d}_0.png" for p in range(10)] + ["test/s100_0.png"]
+    data = load(folder(tmp_path / "set", names))
+    assert_no_patient_in_two_splits(data)
+    assert patients(data)["test"] == {"s100"}
+    assert "validate taken from train by patient" in data.report["split_origin"]
+
+
+def test_the_same_patient_in_two_given_splits(tmp_path, load, capsys):
+    names = [f"{s}/s{p:03d}_{i}.png" for i, s in enumerate(SPLITS) for p in range(i, i + 6)]
+    data = load(folder(tmp_path / "set", names))
+    assert_no_patient_in_two_splits(data)
+    assert data.report["shared_patients"] == 6  # 1 to 6; 0 and 7 are in one split only
+    assert "6 patients are in more than one of the given splits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_patient_is_ever_in_two_splits(tmp_path, load, seed):
+    rng = random.Random(seed)
+    names = {f"{rng.choice(['', 'train/', 'val/', 'test/'])}{rng.choice(['', 'a/', 'b/'])}"
+             f"p{rng.randrange(9)}_{rng.choice(['x_', ''])}{i}.png" for i in range(60)}  # fmt: skip
+    assert_no_patient_in_two_splits(load(folder(tmp_path / "set", sorted(names))))
+
+
+@pytest.mark.parametrize(("path", "patient", "volume", "number"), [
+    ("case_004_week_2_slice_17.nii.gz", "case_004", "case_004_week_2", 17),
+    ("CASE_4_WEEK_2_SLICE_17.nii", "case_004", "case_004_week_2", 17),
+    ("Case_004_Week0_LFOV.nii.gz", "case_004", "case_004_week_0", None),
+    ("s003_01.jpg", "s003", "s003", 1),
+    ("1001_axi_12.png", "1001", "1001_axi", 12),
+    ("218391_78.jpeg", "218391", "218391", 78),
+    ("scan7_slice_4.png", "scan7", "scan7", 4),
+    ("sub-02/anat/sub-02_T1w.nii.gz", "sub-02", "sub-02_T1w", None),
+    ("sub-02_ses-1_slice-005.png", "sub-02", "sub-02_ses-1", 5),
+    ("OAS1_0028_MR1_mpr-1_100.jpg", "OAS1_0028", "OAS1_0028_MR1_mpr-1", 100),
+    ("patient_3/t2/014.png", "patient_3", "patient_3/t2/", 14),
+    ("002_S_0295/scan_5.png", "002_S_0295", "002_S_0295/scan", 5),
+    ("photo.png", None, None, None),
+    ("img_12.png", None, None, None),
+    ("26 (19).jpg", None, None, None),
+])  # fmt: skip
+def test_names(path, patient, volume, number):
+    *folders, name = path.split("/")
+    found = dataset._identify(path, name.split(".")[0], folders, None)
+    assert (found or (None,) * 3) == (patient, volume, number)
+
+
+def test_names_that_match_no_pattern(tmp_path, load, capsys):
+    data = load(folder(tmp_path / "set", [f"{w}.png" for w in ("red", "green", "blue", "grey")]))
+    assert data.report["patients_separable"] is False
+    assert data.report["names_without_patient"] == 4
+    assert "4 of 4 names do not tell the patient" in capsys.readouterr().err
+    assert data["test"].positions.tolist() == [0.5]
+
+
+def test_group_regex(tmp_path, load):
+    root = folder(tmp_path / "set", [f"{w}/v-{i}.png" for w in ("red", "green", "blue")
+                                     for i in (3, 1, 2)])  # fmt: skip
+    data = load(root, group_regex=r"(?P<patient>\w+)/(?P<volume>v)-(?P<slice>\d)")
+    assert_no_patient_in_two_splits(data)
+    assert data["test"].positions.tolist() == [0, 0.5, 1]
+    assert [Path(s.path).name for s in data["test"].slices] == ["v-1.png", "v-2.png", "v-3.png"]
+    with pytest.raises(UserError, match="no group"):
+        load(root, group_regex="x")
+    with pytest.raises(UserError, match="mend the expression"):
+        load(root, group_regex="(")
+
+
+def test_two_patients_are_split_by_volume_loudly(tmp_path, load, capsys):
+    root = folder(tmp_path / "set", [f"s{p}_v{v}_{i}.png" for p in (1, 2) for v in (1, 2)
+                                     for i in (0, 1)])  # fmt: skip
+    data = load(root)
+    assert data.report["patients_separable"] is False
+    assert "split by volume" in capsys.readouterr().err
+    volumes = [set(data[s].columns["volume"]) for s in SPLITS]
+    assert len(set.union(*volumes)) == sum(map(len, volumes))
+
+
+def test_too_few_images_to_split(tmp_path, load):
+    with pytest.raises(UserError, match="2 images cannot fill every split"):
+        load(folder(tmp_path / "set", ["s1_1.png", "s1_2.png"]))
+
+
+# ------------------------------------------------------------------------------------------------
+# Pixels
+# ------------------------------------------------------------------------------------------------
+
+
+def nifti_variants():
+    array = pixels(1).astype(np.int32) - 20
+    yield "plain", nibabel.Nifti1Image(array, np.eye(4))
+    for dtype in ("u1", "i1", "i2", "u2", "i4", "u4", "f4", "f8", "i8"):
+        values = np.abs(array) % 100
+        yield dtype, nibabel.Nifti1Image(values.astype(dtype), np.eye(4), dtype=np.dtype(dtype))
+    yield (
+        "big endian",
+        nibabel.Nifti1Image(array.astype(">i2"), np.eye(4), nibabel.Nifti1Header(endianness=">")),
+    )
+    scaled = nibabel.Nifti1Image(array.astype(np.int16), np.eye(4))
+    scaled.header.set_slope_inter(0.37, 5.5)
+    yield "scaled", scaled
+    yield "trailing dimension", nibabel.Nifti1Image(array[..., None], np.eye(4))
+    yield "two of them", nibabel.Nifti1Image(array[..., None, None], np.eye(4))
+    yield "leading dimension", nibabel.Nifti1Image(array[None], np.eye(4))
+    yield "NIfTI-2", nibabel.Nifti2Image(array, np.eye(4))
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("image", [pytest.param(i, id=n) for n, i in nifti_variants()])
+def test_nifti_values_are_those_of_nibabel(tmp_path, image, ending):
+    path = tmp_path / f"x{ending}"
+    nibabel.save(image, path)
+    want = nibabel.load(path).get_fdata().reshape(SIZE)
+    got = dataset._read_nifti(path)
+    assert got.shape == SIZE
+    assert np.allclose(got, want, rtol=1e-12)
+
+
+def test_nifti_in_several_gzip_members(tmp_path):
+    plain = save(tmp_path / "x.nii", pixels(1)).read_bytes()
+    (tmp_path / "y.nii.gz").write_bytes(gzip.compress(plain[:400]) + gzip.compress(plain[400:]))
+    assert np.array_equal(dataset._read_nifti(tmp_path / "y.nii.gz"), pixels(1))
+
+
+def test_colour_nifti_is_grey_as_in_pillow(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (*SIZE, 3)).astype(np.uint8)
+    array = np.zeros((*SIZE, 1), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+    for i, c in enumerate("RGB"):
+        array[c][..., 0] = rgb[..., i]
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "x.nii.gz")
+    want = np.asarray(Image.fromarray(rgb).convert("L"))
+    assert np.array_equal(dataset._read_nifti(tmp_path / "x.nii.gz"), want)
+
+
+@pytest.mark.parametrize(("name", "array"), [
+    ("grey.png", pixels(1).astype(np.uint8)),
+    ("grey.jpeg", pixels(1).astype(np.uint8)),
+    ("colour.png", pixels(1, (*SIZE, 3)).astype(np.uint8)),
+    ("colour.jpg", pixels(1, (*SIZE, 3)).astype(np.uint8)),
+    ("alpha.png", pixels(1, (*SIZE, 4)).astype(np.uint8)),
+    ("deep.png", pixels(1, top=30000).astype(np.uint16) * 2),
+    ("deep.tif", pixels(1, top=30000).astype(np.uint16) * 2),
+    ("float.tiff", pixels(1).astype(np.float32) / 7),
+    ("bilevel.png", pixels(1) > 150),
+])  # fmt: skip
+def test_raster_values_are_those_of_pillow(tmp_path, name, array):
+    got = dataset._read_raster(save(tmp_path / name, array))
+    with Image.open(tmp_path / name) as image:
+        keep = array.dtype in (np.uint16, np.float32)
+        assert np.array_equal(got, np.asarray(image if keep else image.convert("L")))
+    if name.endswith((".png", ".tif", ".tiff")) and array.ndim == 2 and array.dtype != bool:
+        assert np.array_equal(got, array)
+
+
+def test_a_palette_becomes_grey(tmp_path):
+    image = Image.fromarray(pixels(1, (*SIZE, 3)).astype(np.uint8)).quantize(8)
+    image.save(tmp_path / "x.png")
+    assert np.array_equal(dataset._read_raster(tmp_path / "x.png"), np.asarray(image.convert("L")))
+
+
+def test_values_negative_constant_and_sparse(tmp_path, load):
+    rng = np.random.default_rng(0)
+    ct = rng.integers(-1000, 400, SIZE).astype(np.int16)
+    ringing = np.abs(rng.normal(100, 30, SIZE)).astype(np.float32)
+    ringing[0, 0] = -0.5
+    sparse = np.zeros((40, 40), np.int16)
+    sparse[0, 0] = 7
+    for name, array in {"s1": ct, "s2": ringing, "s3": np.full(SIZE, 9), "s4": np.zeros(SIZE),
+                        "s5": np.full(SIZE, -9), "s6": sparse}.items():  # fmt: skip
+        save(tmp_path / "set" / f"{name}_0.nii", array.astype(np.float32))
+    data = load(tmp_path / "set", image_size=SIZE)
+    images = {Path(p).name[:2]: i / 65535 for p, i in by_path(data).items()}
+    low, high = np.percentile(ct, 0.5), np.percentile(ct, 99.5)
+    assert np.abs(images["s1"] - np.clip((ct - low) / (high - low), 0, 1)).max() < 2 / 65535
+    want = np.clip(ringing / np.percentile(ringing, 99.5), 0, 1)
+    assert np.abs(images["s2"] - want).max() < 2 / 65535
+    assert [images[k].min() for k in ("s3", "s4", "s5")] == [1, 0, 0]
+    assert [images[k].max() for k in ("s3", "s4", "s5")] == [1, 0, 0]
+    assert data.report["volumes_shifted"] == 2
+    assert data.report["volumes_constant"] == 3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_percentile_is_that_of_numpy(seed):
+    rng = np.random.default_rng(seed)
+    pixels = rng.normal(size=rng.integers(1, 5000)).astype(np.float32) ** rng.integers(1, 6)
+    if seed % 3 == 0:
+        pixels = np.round(pixels)
+    if seed % 4 == 0:
+        pixels[::101] = 1e6  # the sampled guess is as wrong as can be
+    want = np.percentile(pixels.astype(np.float64), 99.5)
+    assert dataset._high_percentile(pixels) == pytest.approx(want, rel=1e-5, abs=1e-6)
+
+
+def test_sparse_volume_is_scaled_by_its_brightest():
+    image = np.zeros(10000, np.float32)
+    image[:3] = 7
+    assert dataset._window(image, 0.0, 7.0) == (0.0, 7.0)
+
+
+def test_a_volume_beyond_memory_is_read_twice(tmp_path, load, monkeypatch):
+    root = hipmri(tmp_path / "hip")
+    want = by_path(load(root))
+    monkeypatch.setattr(dataset, "HELD_PIXELS", SIZE[0] * SIZE[1])
+    got = by_path(load(root, cache_dir="none"))
+    assert got.keys() == want.keys()
+    assert all(np.abs(got[p].astype(int) - want[p]).max() < 0.2 * 65535 for p in want)
+    assert all(np.corrcoef(got[p].ravel(), want[p].ravel())[0, 1] > 0.98 for p in want)
+
+
+@pytest.mark.parametrize("cache", ["cache", "none"])
+def test_sizes_that_differ_are_cropped_and_padded(tmp_path, load, cache):
+    root = folder(tmp_path / "set", [f"s{p}_0.png" for p in range(6)])
+    wide, small = pixels(50, (12, 11)).astype(np.uint8), pixels(51, (7, 8)).astype(np.uint8)
+    save(root / "s6_0.png", wide)
+    save(root / "s7_0.png", small)
+    data = load(root, cache_dir="none" if cache == "none" else tmp_path / cache)
+    assert data.size == SIZE
+    assert (data.report["cropped"], data.report["padded"]) == (1, 1)
+    assert data.report["sizes"] == {"12 x 8": 6, "12 x 11": 1, "7 x 8": 1}
+    images = {Path(p).name: i / 65535 for p, i in by_path(data).items()}
+    assert np.abs(images["s6_0.png"] - expected([wide])[0][:, 1:9]).max() <= 1 / 65535
+    assert np.abs(images["s7_0.png"][2:9] - expected([small])[0]).max() <= 1 / 65535
+    assert images["s7_0.png"][:2].max() == images["s7_0.png"][9:].max() == 0
+
+
+def test_the_size_is_the_most_common_one_of_train_whatever_a_sample_says(tmp_path, load):
+    root = tmp_path / "set"
+    common = [f"train/s{p:03d}_{i}.png" for p in range(90) for i in (1, 2)]
+    folder(root, common[1::2] + common[2::4], (6, 6))
+    folder(root, [n for n in common if not (root / n).exists()])
+    folder(root, [f"{s}/t{s}{p}_1.png" for s in ("test", "val") for p in range(200)], (9, 9))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "_header", lambda path: ((9, 9), np.eye(4)))  # a misleading sample
+        assert load(root, cache_dir="none").size == (6, 6)
+    assert load(root).size == (6, 6)
+
+
+@pytest.mark.parametrize(("wanted", "shrink"), [
+    ((12, 8), 1), ((24, 16), 1), ((6, 4), 0.5), ((6, 6), 0.75), ((6, 2), 0.5), ((11, 8), 1),
+    ((16, 2), 1), ((11, 7), 1),
+])  # fmt: skip
+def test_image_size_never_stretches_and_never_enlarges(tmp_path, load, wanted, shrink):
+    array = np.zeros((48, 32), np.float32)
+    array[10:38, 6:26] = 200
+    for p in range(3):
+        save(tmp_path / "set" / f"s{p}_0.nii", array)
+    data = load(tmp_path / "set", image_size=[4 * n for n in wanted])
+    assert data.size == tuple(4 * n for n in wanted)
+    assert data.report["shrink_factor"] == pytest.approx(shrink, abs=1e-9)
+    area = data["train"].images[0].sum() / 65535
+    if shrink == 1 and min(wanted) >= 8:
+        assert area == 28 * 20
+    elif wanted == (6, 4):
+        assert area == pytest.approx(28 * 20 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("thin", [2, 1, 0])
+@pytest.mark.parametrize("wanted", [None, (12, 20), (8, 10), (6, 8)])
+def test_the_affine_follows_the_geometry(tmp_path, load, wanted, thin):
+    """The centre of a bright square keeps its place in the scanner's millimetres."""
+    rng = np.random.default_rng(3)
+    affine = np.eye(4)
+    affine[:3] = rng.normal(size=(3, 4))
+    array = np.zeros((16, 20), np.float32)
+    array[6:10, 8:12] = 100
+    for p in range(3):
+        save(tmp_path / "set" / f"s{p}_0.nii.gz", np.expand_dims(array, thin), affine)
+    data = load(tmp_path / "set", image_size=wanted)
+    centre = np.insert([7.5, 9.5], thin, 0)
+    image = data["train"].images[0].astype(float)
+    i, j = ((np.indices(image.shape) * image).sum((1, 2)) / image.sum()).tolist()
+    assert np.allclose(data.affine @ (i, j, 0, 1), affine @ (*centre, 1), atol=1e-3)
+    assert np.allclose(data.zooms, nibabel.affines.voxel_sizes(data.affine))
+    assert data.intensity_scale == pytest.approx(np.percentile(array, 99.5))
+
+
+@pytest.mark.skipif(not BRAIN.is_dir(), reason="the development images are not here")
+def test_real_images(tmp_path, load):
+    for split in SPLITS:
+        for kind in sorted(os.listdir(BRAIN / split)):
+            target = tmp_path / "brain" / split / kind
+            target.mkdir(parents=True)
+            for path in sorted((BRAIN / split / kind).iterdir())[:32]:
+                shutil.copy2(path, target)
+    data = load(tmp_path / "brain")
+    assert data.size == (208, 176)
+    assert data["train"].positions[:32].tolist() == np.linspace(0, 1, 32, dtype="f4").tolist()
+    first = data["train"].slices[0].volume
+    paths = [s.path for s in data["train"].slices if s.volume == first]
+    want = expected([np.asarray(Image.open(p)) for p in paths])
+    assert np.abs(data["train"].images[: len(paths)] / 65535 - want).max() <= 1 / 65535
+
+
+# ------------------------------------------------------------------------------------------------
+# Cache
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_second_start_opens_no_image(tmp_path, load, monkeypatch):
+    root = hipmri(tmp_path / "hip")
+    first = load(root)
+    for name in ("_read_nifti", "_header", "_build"):
+        monkeypatch.setattr(dataset, name, None)
+    second = load(root)
+    assert second.report == first.report
+    assert second.fingerprint == first.fingerprint
+    assert second["train"].slices == first["train"].slices
+    assert np.array_equal(second["test"].images, first["test"].images)
+    assert np.array_equal(second.affine, first.affine)
+
+
+def test_the_cache_sees_new_files_new_times_and_new_choices(tmp_path, load):
+    root = hipmri(tmp_path / "hip")
+    first = load(root)
+    entries = {first.report["cache"]}
+    path = root / "keras_slices_train/case_004_week_0_slice_0.nii.gz"
+    save(path, pixels(77))
+    os.utime(path, ns=(1, 1))
+    changed = load(root)
+    assert changed.fingerprint != first.fingerprint
+    entries |= {changed.report["cache"], load(root, image_size=(6, 4)).report["cache"]}
+    save(root / "keras_slices_test/case_042_week_0_slice_0.nii.gz", pixels(78))
+    entries.add(load(root).report["cache"])
+    assert len(entries) == 4
+
+
+def test_seeds_share_the_cache_unless_they_decide_the_split(tmp_path, load):
+    given = hipmri(tmp_path / "hip")
+    none = folder(tmp_path / "set", [f"s{p}_0.png" for p in range(9)])
+    assert load(given, seed=1).report["cache"] == load(given, seed=2).report["cache"]
+    assert load(none, seed=1).report["cache"] != load(none, seed=2).report["cache"]
+
+
+def test_the_fingerprint_does_not_depend_on_the_place_or_the_time(tmp_path, load):
+    first = load(hipmri(tmp_path / "a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    assert load(tmp_path / "b").fingerprint == first.fingerprint
+
+
+def test_spawned_workers_give_the_same_pixels(tmp_path, load, monkeypatch):
+    root = hipmri(tmp_path / "hip", weeks=8, slices=6)
+    want = load(root).fingerprint
+    monkeypatch.setattr(dataset.sys, "platform", "elsewhere")
+    assert load(root, workers=2, cache_dir="none").fingerprint == want
+
+
+def test_workers_and_memory_give_the_same_pixels(tmp_path, load):
+    root = hipmri(tmp_path / "hip", weeks=8, slices=6)
+    one, two, memory = load(root), load(root, workers=2, cache_dir=tmp_path / "two"), None
+    memory = load(root, workers=2, cache_dir="none")
+    assert one.fingerprint == two.fingerprint == memory.fingerprint
+    for split in SPLITS:
+        assert np.array_equal(one[split].images, two[split].images)
+        assert np.array_equal(one[split].images, memory[split].images)
+
+
+def _start(root, cache, queue):
+    queue.put(dataset.load(root, cache_dir=cache, workers=1, progress=False).fingerprint)
+
+
+def test_two_starts_at_once(tmp_path):
+    root, queue = hipmri(tmp_path / "hip"), multiprocessing.get_context("fork").Queue()
+    both = [multiprocessing.get_context("fork").Process(
+        target=_start, args=(root, tmp_path / "cache", queue)) for _ in range(4)]  # fmt: skip
+    for process in both:
+        process.start()
+    assert len({queue.get(timeout=60) for _ in both}) == 1
+    for process in both:
+        process.join()
+    assert [p.name[:4] for p in (tmp_path / "cache").iterdir()] == ["hip-"]
+
+
+@pytest.mark.parametrize("harm", ["images.u16", "index.json", "short"])
+def test_a_broken_cache_entry_is_made_again(tmp_path, load, harm):
+    root = hipmri(tmp_path / "hip")
+    first = load(root)
+    want, entry = np.array(first["train"].images), Path(first.report["cache"])
+    if harm == "short":
+        os.truncate(entry / "images.u16", 100)
+    else:
+        (entry / harm).unlink()
+    assert np.array_equal(load(root)["train"].images, want)
+    assert sorted(os.listdir(entry)) == ["images.u16", "index.json"]
+    assert [p.name[:4] for p in (tmp_path / "cache").iterdir()] == ["hip-"]
+
+
+def test_cache_dir_none_writes_nothing(tmp_path, load, monkeypatch):
+    root = hipmri(tmp_path / "hip")
+    for variable in ("MRCODES_CACHE", "XDG_CACHE_HOME", "TMPDIR"):
+        monkeypatch.setenv(variable, str(tmp_path / "nowhere"))
+    before = sorted(tmp_path.rglob("*"))
+    assert load(root, cache_dir="none").report["cache"] == "none"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("moment", ["before", "while"])
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path, load, monkeypatch, moment):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if moment == "before":
+        usage = types.SimpleNamespace(free=10)
+        monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: usage)
+    else:
+        monkeypatch.setattr(dataset, "_close_gaps", full)
+    with pytest.raises(UserError, match=r"cannot write the cache \((?i:no space left)"):
+        load(hipmri(tmp_path / "hip"))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_worker_meets_the_full_disk(tmp_path, load):
+    root = hipmri(tmp_path / "hip", weeks=8, slices=6)
+    code = f"""if 1:
+        import resource, signal, dataset
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        plan = dataset._groups
+        def limited(*args):  # after this, a write past 1,000 bytes fails
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            return plan(*args)
+        dataset._groups = limited
+        dataset.utils.run_main(lambda: dataset.load({str(root)!r}, workers=2, progress=False,
+                               cache_dir={str(tmp_path / "cache")!r}))"""
+    done = python("-c", code)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "cannot write the cache" in done.stderr
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_phantom_is_made_once_and_announced(tmp_path, load, monkeypatch):
+    made = []
+
+    def make(root, seed=0, workers=None, progress=True):
+        made.append(root)
+        hipmri(Path(root))
+
+    module = types.SimpleNamespace(VERSION=7, make_phantom=make)
+    monkeypatch.setitem(sys.modules, "phantom", module)
+    data = load("phantom")
+    assert load("phantom").fingerprint == data.fingerprint
+    assert made == [tmp_path / "cache/phantom-v7-seed0"]
+    assert data.describe().startswith("PHANTOM (synthetic, no patients)")
+    assert (data.name, data.is_phantom) == ("phantom", True)
+    elsewhere = load("phantom", cache_dir="none")
+    assert len(made) == 2
+    assert elsewhere.fingerprint == data.fingerprint
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad input
+# ------------------------------------------------------------------------------------------------
+
+
+def test_no_such_folder_a_file_and_an_empty_folder(tmp_path, load):
+    with pytest.raises(UserError, match="no such folder"):
+        load(tmp_path / "x")
+    path = save(tmp_path / "x.png", pixels(1).astype(np.uint8))
+    with pytest.raises(UserError, match="a file, not a folder"):
+        load(path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no NIfTI, PNG, JPEG or TIFF image in it \(it is empty\)"):
+        load(tmp_path / "empty")
+
+
+def test_no_image_in_it(tmp_path, load):
+    for name in ("a.dcm", "b.txt", ".hidden.png"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=r"\.dcm files: 1"):
+        load(tmp_path)
+
+
+def _nothing(path):
+    path.write_bytes(b"")
+
+
+def _truncated(path):
+    save(path, pixels(9, (60, 60)))
+    path.write_bytes(path.read_bytes()[:900])
+
+
+def _no_checksum(path):
+    save(path, pixels(9))
+    path.write_bytes(path.read_bytes()[:-6])
+
+
+def _damaged(path):
+    data = bytearray(save(path, pixels(9, (60, 60))).read_bytes())
+    data[500:520] = bytes(20)
+    path.write_bytes(data)
+
+
+def _text(path):
+    path.write_text("not an image\n" * 50)
+
+
+def _zipped_text(path):
+    path.write_bytes(gzip.compress(b"not an image\n" * 50))
+
+
+def _4d(path):
+    save(path, pixels(9, (4, 4, 4, 3)))
+
+
+def _3d(path):
+    save(path, pixels(9, (4, 4, 4)))
+
+
+def _nan(path):
+    array = pixels(9).astype(np.float32)
+    array[3, 3] = np.nan
+    save(path, array)
+
+
+def _infinity(path):
+    array = pixels(9).astype(np.float64)
+    array[3, 3] = -np.inf
+    save(path, array)
+
+
+def _complex(path):
+    save(path, pixels(9).astype(np.complex64))
+
+
+def _promises(path):
+    header = nibabel.Nifti1Header()
+    header.set_data_shape((32000, 32000))
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    path.write_bytes(gzip.compress(header.binaryblock + bytes(100)))
+
+
+def _empty_folder(path):
+    path.mkdir()
+
+
+BAD = [
+    (_nothing, "empty, 0 bytes"), (_truncated, "truncated gzip"), (_no_checksum, "truncated gzip"),
+    (_damaged, "damaged gzip"), (_text, "not a NIfTI file"), (_zipped_text, "not a NIfTI file"),
+    (_4d, "4D .4 x 4 x 4 x 3."), (_3d, "a 3D volume .4, 4, 4."), (_nan, "contains NaN or infinity"),
+    (_infinity, "contains NaN or infinity"), (_complex, "holds complex64 values"),
+    (_promises, ".* cannot hold"), (_empty_folder, "a folder named like an image"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "reason"), BAD)
+@pytest.mark.parametrize("cache", ["cache", "none"])
+def test_a_bad_nifti_is_named_with_its_reason(tmp_path, load, spoil, reason, cache):
+    root, cache = hipmri(tmp_path / "hip"), "none" if cache == "none" else tmp_path / cache
+    want = by_path(load(root, cache_dir="none"))
+    spoil(root / "keras_slices_train/case_003_week_0_slice_0.nii.gz")
+    message = rf"1 of \d+ files cannot be read: keras_slices_train/case_003.*\({reason}"
+    with pytest.raises(UserError, match=message) as caught:
+        load(root, cache_dir=cache)
+    assert "\n" not in str(caught.value)
+    data = load(root, cache_dir=cache, skip_unreadable=True)
+    assert data.report["unreadable"] == 1
+    assert "1 unreadable" in data.describe()
+    got = by_path(data)
+    assert got.keys() == want.keys()
+    assert all(np.array_equal(got[p], want[p]) for p in want)
+    with pytest.raises(UserError, match=message):  # the cache of the tolerant start hides nothing
+        load(root, cache_dir=cache)
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), [
+    ("s9_0.png", b"", "empty, 0 bytes"), ("s9_0.png", b"text", "not an image"),
+    ("s9_0.jpg", None, "truncated"), ("s9_0.tif", "pages", "2 pages"),
+    ("s9_0.png", "bomb", "beyond Pillow's safe limit"),
+])  # fmt: skip
+def test_a_bad_raster_is_named_with_its_reason(tmp_path, load, monkeypatch, name, content, reason):
+    root = folder(tmp_path / "set", [f"s{i}_0.png" for i in range(5)])
+    path, image = root / name, Image.fromarray(pixels(9, (60, 60)).astype(np.uint8))
+    if content == "pages":
+        image.save(path, save_all=True, append_images=[image])
+    elif content == "bomb":
+        image.save(path)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    elif content is None:
+        image.save(path)
+        path.write_bytes(path.read_bytes()[:-300])
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f"1 of 6 files cannot be read: {name} .*{reason}"):
+        load(root)
+    assert load(root, skip_unreadable=True).report["unreadable"] == 1
+
+
+def test_a_folder_named_like_the_file_is_looked_into(tmp_path, load):
+    root = hipmri(tmp_path / "hip", ending=".nii")
+    path = root / "keras_slices_train/case_004_week_0_slice_0.nii"
+    path.rename(tmp_path / "aside")
+    path.mkdir()
+    (tmp_path / "aside").rename(path / path.name)
+    data = load(root)
+    assert len(data["train"]) == 24
+    assert data.report["folders_named_like_files"] == 1
+    assert data["train"].slices[0].path == str(path / path.name)
+
+
+def test_no_permission(tmp_path):
+    """Run as another user where the tests run as root, whom permissions do not stop."""
+    root = hipmri(tmp_path / "hip")
+    (root / "keras_slices_train/case_004_week_0_slice_0.nii.gz").chmod(0)
+    (root / "keras_slices_validate").chmod(0)
+    for parent in (tmp_path, *tmp_path.parents[:2]):  # pytest's own, closed to others
+        parent.chmod(0o755)
+    code = (
+        "import os, dataset; os.geteuid() or os.seteuid(65534)\n"
+        f"dataset.load({str(root)!r}, cache_dir='none', workers=1, progress=False)"
+    )
+    done = python("-c", code)
+    (root / "keras_slices_validate").chmod(0o755)
+    last = done.stderr.splitlines()[-1]
+    assert "2 of 40 files cannot be read" in last
+    assert "slice_0.nii.gz (no permission to read it)" in last
+    assert "keras_slices_validate (no permission to read it)" in last
+
+
+def test_links(tmp_path, load):
+    root = hipmri(tmp_path / "hip")
+    (root / "keras_slices_train/loop").symlink_to(root)
+    (root / "a").symlink_to(root / "keras_slices_train")
+    (root / "me").symlink_to(root / "me")
+    assert len(load(root)["train"]) == 24
+    outside = tmp_path / "outside"
+    (root / "keras_slices_test").rename(outside)
+    (root / "keras_slices_test").symlink_to(outside)
+    assert len(load(root)["test"]) == 16
+    (root / "keras_slices_test/case_041_week_9_slice_0.nii.gz").symlink_to("nowhere")
+    with pytest.raises(UserError, match="1 of 48 files cannot be read: .*broken link"):
+        load(root)
+
+
+def test_20000_files_of_which_three_are_bad(tmp_path):
+    template = save(tmp_path / "x.nii", pixels(0)).read_bytes()
+    for split, cases in zip(SPLITS, (range(4, 36), range(36, 38), range(40, 46)), strict=True):
+        (tmp_path / f"hip/keras_slices_{split}").mkdir(parents=True)
+        for case in cases:
+            for week in range(5):
+                for i in range(100):
+                    name = f"keras_slices_{split}/case_{case:03d}_week_{week}_slice_{i}.nii"
+                    (tmp_path / "hip" / name).write_bytes(template)
+    bad = [f"keras_slices_train/case_{c:03d}_week_0_slice_50.nii" for c in (5, 9, 30)]
+    for name in bad:
+        (tmp_path / "hip" / name).write_bytes(template[:400])
+    command = ["dataset.py", "--data", tmp_path / "hip", "--workers", "2",
+               "--cache_dir", tmp_path / "cache", "--out", tmp_path / "out"]  # fmt: skip
+    done = python(*command)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2
+    assert last.startswith(f"error: {tmp_path / 'hip'}: 3 of 20000 files cannot be read: ")
+    assert all(name in last for name in bad)
+    assert list((tmp_path / "cache").iterdir()) == []
+    done = python(*command, "--skip_unreadable")
+    assert done.returncode == 0
+    assert "unreadable: 3" in done.stdout
+    assert '"slices": 15997' in done.stdout
+
+
+def test_only_the_first_ten_bad_files_are_listed(tmp_path, load):
+    root = hipmri(tmp_path / "hip")
+    for path in sorted((root / "keras_slices_train").iterdir())[:13]:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="13 of 48 files") as caught:
+        load(root)
+    assert str(caught.value).count("0 bytes") == 10
+
+
+def test_a_split_without_a_readable_slice(tmp_path, load):
+    root = hipmri(tmp_path / "hip")
+    for path in (root / "keras_slices_test").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no readable slice for test"):
+        load(root, skip_unreadable=True)
+
+
+@pytest.mark.parametrize("flags", [
+    {"image_size": (0, 4)}, {"image_size": (4,)}, {"plane": "x"}, {"split_policy": "x"},
+    {"slices": 0}, {"workers": 0},
+])  # fmt: skip
+def test_bad_arguments(tmp_path, load, flags):
+    with pytest.raises(UserError):
+        load(tmp_path, **flags)
+
+
+NIBABEL_DATA = Path(nibabel.__file__).parent / "tests/data"
+
+
+@pytest.mark.parametrize("path", sorted(p for p in NIBABEL_DATA.iterdir() if p.is_file()),
+                         ids=lambda p: p.name)  # fmt: skip
+def test_images_that_nibabel_ships(tmp_path, load, path):
+    for i in range(3):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "set" / f"s{i}_{path.name}")
+    reason = None
+    try:
+        data = load(tmp_path / "set", slices=3)
+    except UserError as error:
+        reason = str(error)
+    if reason:
+        assert "Error" not in reason  # words, not the name of an exception
+    else:
+        assert len(data["train"]) == 3
+        assert path.name.endswith((".nii", ".nii.gz"))
+        image = nibabel.load(path)
+        axis = dataset._axis(image.affine, "coronal")
+        planes = [s.index for s in data["train"].slices]
+        want = np.moveaxis(np.squeeze(image.get_fdata()), axis, 0)[planes]
+        low, high = np.percentile(want, (0.5, 99.5))
+        low = low if low < -0.02 * high else 0
+        want = np.clip((want - low) / (high - low), 0, 1)
+        assert np.abs(data["train"].images / 65535 - want).max() <= 2 / 65535
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_damage_never_crashes(tmp_path, seed):
+    """Any bytes either give a finite image of a sane size or a reason."""
+    rng = np.random.default_rng(seed)
+    plain = bytearray(save(tmp_path / "x.nii", pixels(seed, (20, 20))).read_bytes())
+    for at in rng.integers(0, 360, 4):
+        plain[at] = rng.integers(256)
+    for name, data in (("y.nii", plain), ("y.nii.gz", zlib.compress(bytes(plain), wbits=31))):
+        (tmp_path / name).write_bytes(data)
+        (answer,) = dataset._Group(0, [name]).images(tmp_path)
+        assert isinstance(answer, str) or np.isfinite(answer).all()
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+
+def test_command_line(tmp_path):
+    root = hipmri(tmp_path / "hip")
+    done = python("dataset.py", "--data", root, "--cache_dir", tmp_path / "cache",
+                  "--out", tmp_path / "out")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("hip: HipMRI 2D slices, 12 x 8")
+    assert "patients in both train and test: 0" in done.stdout
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "contact_sheet.png", "histogram.png", "report.json"}  # fmt: skip
+    for name in ("contact_sheet.png", "histogram.png"):
+        with Image.open(tmp_path / "out" / name) as image:
+            assert np.asarray(image.convert("L")).std() > 5
+    done = python("dataset.py", "--data", tmp_path / "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path / 'x'}: no such folder; give --data the folder that " \
+        "holds the slices\n"  # fmt: skip
+
+
+def test_flags_become_arguments(tmp_path, load):
+    parser = dataset.argparse.ArgumentParser()
+    dataset.add_data_arguments(parser, suppress_default=True)
+    args = parser.parse_args(["--data", str(hipmri(tmp_path / "hip")), "--image_size", "6", "4"])
+    assert vars(args).keys() == {"data", "image_size"}
+    data = dataset.load_from_args(args, cache_dir="none", progress=False)
+    assert (data.size, data.report["preprocessing"]["plane"]) == ((6, 4), "coronal")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--slices", "0"])

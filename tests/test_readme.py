@@ -1,0 +1,44 @@
+"""The README: links that lead somewhere, commands that parse."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import predict
+import train
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(?:sh|bash)\n(.*?)```", TEXT, re.S)
+LINES = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+COMMANDS = sorted({line for line in LINES if line.startswith("python ")})
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", TEXT))))
+def test_links_lead_to_files(link):
+    assert (ROOT / link).exists()
+
+
+def test_the_three_commands_are_there():
+    assert {
+        "python train.py --mode vq_vae", "python train.py --mode pixelcnn", "python predict.py",
+    } <= set(COMMANDS)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command):
+    _, script, *words = shlex.split(command)
+    parsers = {"train.py": train.parser, "predict.py": predict.parser}
+    if script in parsers:
+        parsers[script]().parse_args(words)
+    else:
+        assert (ROOT / script).exists()
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    wanted = {line.split()[1] for line in LINES if line.startswith("make ")}
+    assert wanted <= set(targets)
+    assert {"demo", "test"} <= wanted

@@ -1,0 +1,92 @@
+"""Training: the order of the data, and runs that are stopped and go on."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import torch
+from conftest import SMALL_PRIOR, SMALL_VQ_VAE, call
+from safetensors.torch import load_file
+
+import train
+
+
+def test_every_slice_is_seen_once_an_epoch_in_an_order_of_the_seed():
+    n, size = 10, 4
+    seen = np.concatenate([train.batch_indices(n, size, u, seed=3) for u in range(15)])
+    for epoch in seen.reshape(-1, n):
+        assert Counter(epoch) == Counter(range(n))
+    assert not np.array_equal(seen[:n], seen[n : 2 * n])
+    other = np.concatenate([train.batch_indices(n, size, u, seed=4) for u in range(15)])
+    assert not np.array_equal(seen, other)
+
+
+def test_learning_rate_warms_up_and_decays():
+    options = {"n_updates": 1000, "learning_rate": 2.0, "decay_to": 0.1}
+    rates = [train.learning_rate(u, options) for u in range(1000)]
+    assert rates[0] < 0.05
+    assert max(rates) <= 2.0
+    assert max(rates) > 1.9
+    assert abs(rates[-1] - 0.2) < 0.01
+
+
+def test_average_against_a_loop():
+    model, averaged = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    expected = averaged.weight.detach().double().clone()
+    for _ in range(5):
+        model.weight.data.normal_()
+        train.average(averaged, model, 0.9)
+        expected = 0.9 * expected + 0.1 * model.weight.detach().double()
+    torch.testing.assert_close(averaged.weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(data, run_dir, tmp_path):
+    """Both stages; a first command of half the updates under the whole run's schedule."""
+    run = tmp_path / "run"
+    stages = (
+        (f"--mode vq_vae --data {data} {SMALL_VQ_VAE}", "vq_vae", 3),
+        (f"--mode pixelcnn {SMALL_PRIOR}", "pixelcnn", 2),
+    )
+    for flags, stage, half in stages:
+        stop_after(run, flags, half)
+        call(f"train.py --run_dir {run} {flags}")
+        a, b = (load_file(r / stage / "model.safetensors") for r in (run, run_dir))
+        for name in a:
+            assert torch.equal(a[name], b[name]), name
+        assert (run / stage / "log.jsonl").read_text() == (
+            run_dir / stage / "log.jsonl"
+        ).read_text()
+
+
+def stop_after(run, flags, n):
+    """Train, but die like a killed process right after the checkpoint of update n."""
+    code = (
+        "import os, sys, train\n"
+        "save = train.save_checkpoint\n"
+        "def save_and_die(*args):\n"
+        "    save(*args)\n"
+        f"    if args[-1]['update'] == {n}: os._exit(9)\n"
+        "train.save_checkpoint = save_and_die\n"
+        "train.main()\n"
+    )
+    call(["-c", code, *flags.split(), "--run_dir", run], code=9)
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(data, tmp_path):
+    command = f"train.py --mode vq_vae --data {data} --run_dir {tmp_path / 'r'} {SMALL_VQ_VAE}"
+    call(command)
+    out, _ = call(command)
+    assert "finished" in out
+    call(f"{command} --n_updates 9")
+    log = [json.loads(line) for line in (tmp_path / "r" / "vq_vae" / "log.jsonl").open()]
+    assert [entry["update"] for entry in log] == [3, 6, 9]
+
+
+def test_patience_stops_early(data, tmp_path):
+    command = f"train.py --mode vq_vae --data {data} --run_dir {tmp_path / 'r'} {SMALL_VQ_VAE}"
+    # with a learning rate of zero no validation is better than the first
+    out, _ = call(f"{command} --n_updates 90 --log_interval 1 --learning_rate 0 --patience 2")
+    log = [json.loads(line) for line in (tmp_path / "r" / "vq_vae" / "log.jsonl").open()]
+    best = max(log, key=lambda entry: entry["validate"]["ssim"])
+    assert log[-1]["update"] == best["update"] + 2 < 90
+    assert "best validation ssim" in out
