@@ -366,7 +366,7 @@ def _plan(root, files, choices, meta):
     layout = "folder of slices" + (" in class folders" if classes else "")
     if all(_CASE.match(os.path.basename(f.path)) for f in plan):
         layout = "HipMRI 3D volumes" if plan[0].number is None else "HipMRI 2D slices"
-    elif classes and {*classes} <= {"AD", "NC", "CN", "MCI"}:
+    elif {*classes} == {"AD", "NC"} and any(f.patient.isdecimal() for f in plan):
         layout = "ADNI 2D slices (AD_NC)"
         unknown += _name_adni_patients(plan, meta, warnings)
     elif unknown:
@@ -513,7 +513,10 @@ def _set_splits(plan, layout, choices, warnings):
             "two splits and test scores will flatter; give --group_regex or more patients"
         )
     # a hash gives every patient the same rank on every machine
-    ranked = sorted(units, key=lambda u: hashlib.sha256(f"{choices['seed']}:{u}".encode()).digest())
+    salt = f"{choices['seed']}:"
+    ranked = sorted(
+        units, key=lambda u: hashlib.sha256((salt + u).encode(errors="replace")).digest()
+    )
     n = max(1, round(HELD_OUT * len(ranked)))
     moved = {u: s for i, s in enumerate(missing) for u in ranked[i * n : (i + 1) * n]}
     for file in pool:
@@ -628,8 +631,9 @@ def _nibabel(path):
         raise _Unreadable("not a NIfTI file, whatever its name says") from None
     if not isinstance(image, nibabel.spatialimages.SpatialImage):
         raise _Unreadable(f"a {type(image).__name__}, not a picture")
-    if min(image.shape, default=0) < 1 or math.prod(image.shape) > 1 << 32:
-        raise _Unreadable(f"a header that promises {math.prod(image.shape)} pixels")
+    size, count = os.path.getsize(path), math.prod(image.shape)
+    if min(image.shape, default=0) < 1 or count > 1032 * size:  # see _read_nifti
+        raise _Unreadable(f"truncated: {size} bytes cannot hold {count} pixels")
     return image
 
 

@@ -27,13 +27,14 @@ import numpy as np
 from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
 
-VERSION = 1  # bump it when the pictures change: caches made from older ones are then stale
+VERSION = 2  # bump it when the pictures change: caches made from older ones are then stale
 SHAPE = (256, 128)  # of a slice: left to right, foot to head
 PIXEL = (1.68, 1.56)  # mm, along the same axes
 FRONT, BACK, FOOT = 44.0, -58.0, -99.0  # mm: the ends of the slab that is cut into slices
 FIRST_CASE = 4  # HipMRI counts its patients from 004
 SCANS = (2, 2, 3, 2, 1, 2)  # scans per case, in turn
 EDGE = 1.7  # mm over which a boundary is blurred: one pixel
+SPREAD = 0.6  # pixels: standard deviation of the scanner's point spread within a slice
 SIGMA = 2.2  # noise, in the units of TISSUES: 1 % of the brightest fat
 
 
@@ -136,25 +137,25 @@ ARTERY = ((44, 8, 120), (68, 42, 20), (77, 50, -25), (82, 36, -150))
 TEXTURES = ("grain", "mottle", "blotch", "fibre", "septa", "streak")
 TISSUES = {  # mean, in the units of HipMRI, then the weights of TEXTURES relative to it
     "skin": (70,),
-    "fat": (140, 0.07, 0.08, 0.14, 0.03, -0.28),
-    "inner fat": (132, 0.10, 0.16, 0.16, 0.00, -0.30, 0.15),
-    "muscle": (25, 0.15, 0.14, 0.16, 0.16, 0.15, 1.20),
-    "cortex": (9, 0.20, 0.20),
-    "marrow": (86, 0.11, 0.16, 0.13, 0.00, -0.10, 0.12),
-    "yellow marrow": (112, 0.08, 0.13, 0.09, 0.03, -0.12, -0.12),
-    "cartilage": (58, 0.10, 0.10),
-    "wall": (47, 0.12, 0.15, 0.10, 0.00, 0.10),
-    "urine": (80, 0.06, 0.08, 0.22),
-    "prostate": (110, 0.14, 0.25, 0.10, 0.00, -0.15),
-    "gland": (82, 0.12, 0.28, 0.12, 0.00, 0.45),
-    "vesicle": (140, 0.15, 0.30, 0.00, 0.00, -0.60),
-    "stool": (80, 0.16, 0.34, 0.15, 0.00, 0.20, 0.20),
-    "fluid": (210, 0.06, 0.12, 0.10, 0.00, -0.25),
+    "fat": (140, 0.05, 0.06, 0.11, 0.02, -0.21),
+    "inner fat": (132, 0.08, 0.12, 0.12, 0.00, -0.22, 0.11),
+    "muscle": (31, 0.11, 0.11, 0.12, 0.12, 0.11, 0.90),
+    "cortex": (9, 0.15, 0.15),
+    "marrow": (86, 0.08, 0.12, 0.10, 0.00, -0.08, 0.09),
+    "yellow marrow": (112, 0.06, 0.10, 0.07, 0.02, -0.09, -0.09),
+    "cartilage": (58, 0.08, 0.08),
+    "wall": (47, 0.09, 0.11, 0.08, 0.00, 0.08),
+    "urine": (80, 0.04, 0.06, 0.17),
+    "prostate": (110, 0.11, 0.19, 0.08, 0.00, -0.11),
+    "gland": (82, 0.09, 0.21, 0.09, 0.00, 0.34),
+    "vesicle": (140, 0.11, 0.22, 0.00, 0.00, -0.45),
+    "stool": (80, 0.12, 0.26, 0.11, 0.00, 0.15, 0.15),
+    "fluid": (210, 0.04, 0.09, 0.08, 0.00, -0.19),
     "gas": (4,),
-    "artery": (16, 0.20, 0.20),
-    "vein": (165, 0.08, 0.10),
-    "erectile": (120, 0.08, 0.12, 0.08),
-    "testis": (165, 0.06, 0.06, 0.05, 0.00, -0.10),
+    "artery": (16, 0.15, 0.15),
+    "vein": (165, 0.06, 0.08),
+    "erectile": (120, 0.06, 0.09, 0.06),
+    "testis": (165, 0.04, 0.04, 0.04, 0.00, -0.08),
 }
 
 
@@ -398,7 +399,10 @@ def volume(seed: int, case: int, week: int, n_slices: int = 24) -> np.ndarray:
     _paint_frame(scene, body, fascia)
     _paint_organs(scene, body, scan)
 
-    image = scene.image * np.exp(0.17 * _waves(scan, scene.image.shape, (3, 1, 2)))  # the coil
+    image = scene.image
+    for axis in (0, 2):
+        image = gaussian_filter1d(image, SPREAD, axis, truncate=3)
+    image = image * np.exp(0.17 * _waves(scan, image.shape, (3, 1, 2)))  # the coil
     noise = SIGMA * scan.standard_normal((2, *image.shape), dtype=np.float32)
     image = np.sqrt((image + noise[0]) ** 2 + noise[1] ** 2)
     image[image < 2 * SIGMA] = 0  # scanners blank the air: most of it is exactly 0

@@ -221,6 +221,17 @@ def test_adni_without_its_json_says_that_scans_stand_for_patients(tmp_path, load
     assert "CANNOT BE TOLD APART" in data.describe()
 
 
+def test_adni_with_a_json_that_lacks_some_scans(tmp_path, load, capsys):
+    root = adni(tmp_path / "adni")
+    records = json.loads((root / dataset.ADNI_JSON).read_text())
+    del records["101"], records["102"], records["103"]
+    (root / dataset.ADNI_JSON).write_text(json.dumps(records))
+    data = load(root)
+    assert "the patients of 3 scans are unknown" in capsys.readouterr().err
+    assert data.report["patients_separable"] is False
+    assert sum(map(len, patients(data).values())) == 18  # 16, less one, plus three scans
+
+
 def test_adni_with_a_broken_json(tmp_path, load):
     root = adni(tmp_path / "adni")
     (root / dataset.ADNI_JSON).write_text("{")
@@ -884,18 +895,26 @@ def test_links(tmp_path, load):
         load(root)
 
 
+def test_a_file_name_that_is_not_text(tmp_path, load):
+    root = folder(tmp_path / "set", [f"s{p}_0.png" for p in range(4)])
+    os.rename(os.fsencode(root / "s3_0.png"), os.fsencode(root) + b"/s\xff_0.png")
+    assert sum(len(load(root)[s]) for s in SPLITS) == 4
+    assert load(root).report["names_without_patient"] == 1
+
+
 def test_20000_files_of_which_three_are_bad(tmp_path):
-    template = save(tmp_path / "x.nii", pixels(0)).read_bytes()
+    template = save(tmp_path / "x.nii", pixels(0))
     for split, cases in zip(SPLITS, (range(4, 36), range(36, 38), range(40, 46)), strict=True):
         (tmp_path / f"hip/keras_slices_{split}").mkdir(parents=True)
         for case in cases:
             for week in range(5):
                 for i in range(100):
                     name = f"keras_slices_{split}/case_{case:03d}_week_{week}_slice_{i}.nii"
-                    (tmp_path / "hip" / name).write_bytes(template)
+                    os.link(template, tmp_path / "hip" / name)  # 20,000 inodes are slow to free
     bad = [f"keras_slices_train/case_{c:03d}_week_0_slice_50.nii" for c in (5, 9, 30)]
     for name in bad:
-        (tmp_path / "hip" / name).write_bytes(template[:400])
+        (tmp_path / "hip" / name).unlink()
+        (tmp_path / "hip" / name).write_bytes(template.read_bytes()[:400])
     command = ["dataset.py", "--data", tmp_path / "hip", "--workers", "2",
                "--cache_dir", tmp_path / "cache", "--out", tmp_path / "out"]  # fmt: skip
     done = python(*command)
