@@ -1,4 +1,4 @@
-# make demo: train and sample on the built-in phantom.  make test: lint and tests.  make clean: remove both.
+# make demo: train and sample on the built-in phantom.  make test: lint and tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,6 +11,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+figures: demo
+	cp runs/demo/predict/samples.png runs/demo/predict/reconstructions.png \
+		runs/demo/predict/codes.png figures/
 
 install: $(VENV)/.installed
 
@@ -25,4 +29,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 clean:
 	rm -rf $(VENV) runs
 
-.PHONY: demo test install clean
+.PHONY: demo test figures install clean

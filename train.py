@@ -32,12 +32,12 @@ PRESETS = {
         "vq_vae": dict(
             model=dict(n_hiddens=96, n_residual_hiddens=96, n_residual_layers=2, embedding_dim=32,
                        n_embeddings=512, beta=0.25, downsample=8),
-            train=dict(n_updates=900, batch_size=16, learning_rate=2e-3, log_interval=100,
+            train=dict(n_updates=2000, batch_size=8, learning_rate=4e-3, log_interval=200,
                        loss="l1_ssim", decay_to=0.02, average=0.0),
         ),
         "pixelcnn": dict(
             model=dict(n_channels=64, n_layers=10, kernel_size=5, dropout=0.1),
-            train=dict(n_updates=900, batch_size=16, learning_rate=2e-3, log_interval=100,
+            train=dict(n_updates=1800, batch_size=8, learning_rate=4e-3, log_interval=200,
                        decay_to=0.02, average=0.99),
         ),
     },
@@ -45,7 +45,7 @@ PRESETS = {
         "vq_vae": dict(
             model=dict(n_hiddens=128, n_residual_hiddens=128, n_residual_layers=3,
                        embedding_dim=32, n_embeddings=512, beta=0.25, downsample=8),
-            train=dict(n_updates=20000, batch_size=32, learning_rate=2e-3, log_interval=500,
+            train=dict(n_updates=20000, batch_size=32, learning_rate=4e-3, log_interval=500,
                        loss="l1_ssim", decay_to=0.02, average=0.0),
         ),
         "pixelcnn": dict(
@@ -248,9 +248,15 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
         (torch.from_numpy(codes[split]), torch.from_numpy(data[split].labels))
         for split in ("train", "validate")
     )
-    of_stage_one = {"n_embeddings": first["model"]["n_embeddings"], "size": codes["train"].shape[1:]}
-    labels = {"n_classes": len(data.classes)}
-    model_config = configure(PixelCNNConfig, of_stage_one | labels | settings["model"])
+    model_config = configure(
+        PixelCNNConfig,
+        {
+            "n_embeddings": first["model"]["n_embeddings"],
+            "size": codes["train"].shape[1:],
+            "n_classes": len(data.classes),
+            **settings["model"],
+        },
+    )
     config = make_config(args, settings, model_config, data)
     config["vq_vae"] = utils.file_hash(run_dir / "vq_vae" / "model.safetensors")
     torch.manual_seed(args.seed)
@@ -364,17 +370,17 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     if args.fresh and directory.exists():
         shutil.rmtree(directory)
     log = resume(directory, config, model, averaged, optimizer, state)
-    if state["update"] >= options["n_updates"]:
+    if is_done(log, state, options):
         print(
             f"{directory} is finished: {state['update']} updates, best validation {key} "
-            f"{state['best']:.4f}; --fresh starts over, a larger --n_updates goes on"
+            f"{state['best']:.4f}; to start over: --fresh; to go on: more --n_updates"
         )
         return
     utils.write_json(directory / "config.json", config)
     shown = {}
     bar = tqdm(total=options["n_updates"], initial=state["update"], unit="update", desc=args.mode)
     running = []
-    while state["update"] < options["n_updates"]:
+    while not is_done(log, state, options):
         update = state["update"]
         torch.manual_seed(hash((options["seed"], update)) % 2**63)
         for group in optimizer.param_groups:
@@ -412,13 +418,16 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
         save_checkpoint(directory, config, log, model, averaged, optimizer, state)
         if figures.get("used", math.inf) < 0.1 * config["model"]["n_embeddings"]:
             bar.write(f"warning: only {figures['used']} codes in use after {update} updates")
-        stale = sum(entry["update"] > state["best_update"] for entry in log)
-        if options["patience"] and stale >= options["patience"]:
-            bar.write(f"stopping: no better {key} in {stale} validations")
-            break
     bar.close()
     best_so_far = f"{state['best']:.4f} at update {state['best_update']}"
     print(f"{directory}: best validation {key} {best_so_far}")
+
+
+def is_done(log, state, options):
+    """Whether all updates are made, or `patience` validations in a row were not the best."""
+    stale = sum(entry["update"] > state["best_update"] for entry in log)
+    patient = not options["patience"] or stale < options["patience"]
+    return state["update"] >= options["n_updates"] or not patient
 
 
 def learning_rate(update, options):

@@ -41,7 +41,7 @@ def run_main(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("stopped; training goes on from its last validation if run again", file=sys.stderr)
         sys.exit(130)
 
 
@@ -71,15 +71,12 @@ def at_least(minimum, kind=int):
 
 
 def data_arguments(args, load, stored=None):
-    """Arguments of `load`: those a run was trained with, if any, beaten by the flags in `args`.
-
-    The seed of a run's split is kept: another `--seed` must not move patients between splits.
-    """
+    """Arguments of `load`: those a run was trained with, if any, beaten by the flags in `args`."""
     known = inspect.signature(load).parameters
     given = {name: value for name, value in vars(args).items() if name in known}
     if given.get("data", "phantom") != "phantom":
         given["data"] = os.path.abspath(given["data"])  # so that a run can be used from anywhere
-    return given | (stored or {}) | {n: v for n, v in given.items() if n != "seed"}
+    return (stored or {}) | given
 
 
 def announce(arguments):

@@ -1,6 +1,5 @@
 """dataset.py against nibabel, Pillow and numpy: layouts, patients, pixels, cache, bad files."""
 
-import errno
 import gzip
 import json
 import multiprocessing
@@ -19,11 +18,11 @@ import pytest
 from PIL import Image
 
 import dataset
+import utils
 from dataset import SPLITS
 from utils import UserError
 
 REPO = Path(dataset.__file__).parent
-BRAIN = Path("/work/shared/data/brain")
 SIZE = (12, 8)
 
 
@@ -232,13 +231,6 @@ def test_adni_with_a_json_that_lacks_some_scans(tmp_path, load, capsys):
     assert sum(map(len, patients(data).values())) == 18  # 16, less one, plus three scans
 
 
-def test_adni_with_a_broken_json(tmp_path, load):
-    root = adni(tmp_path / "adni")
-    (root / dataset.ADNI_JSON).write_text("{")
-    with pytest.raises(UserError, match="meta_data_with_label.json: not readable as JSON"):
-        load(root)
-
-
 @pytest.mark.parametrize("words", [("train", "validate", "test"), ("Training", "val", "testing"),
                                    ("x_train", "x-valid", "x_test")])  # fmt: skip
 def test_split_folders_and_class_folders(tmp_path, load, words):
@@ -253,7 +245,7 @@ def test_split_folders_and_class_folders(tmp_path, load, words):
 
 def test_one_folder_is_divided_by_patient_with_the_seed(tmp_path, load):
     root = folder(tmp_path / "set", [f"s{p:03d}_{i}.png" for p in range(20) for i in range(2)])
-    first, again, other = load(root), load(root, cache_dir="none"), load(root, seed=1)
+    first, again, other = load(root), load(root, cache_dir="none"), load(root, split_seed=1)
     for data in (first, other):
         assert_no_patient_in_two_splits(data)
         assert [len(v) for v in patients(data).values()] == [14, 3, 3]
@@ -295,7 +287,7 @@ def test_no_patient_is_ever_in_two_splits(tmp_path, load, seed):
     ("1001_axi_12.png", "1001", "1001_axi", 12),
     ("218391_78.jpeg", "218391", "218391", 78),
     ("scan7_slice_4.png", "scan7", "scan7", 4),
-    ("sub-02/anat/sub-02_T1w.nii.gz", "sub-02", "sub-02_T1w", None),
+    ("sub-02/anat/sub-02_T1w.nii.gz", "sub-02", "sub-02/anat/sub-02_T1w", None),
     ("sub-02_ses-1_slice-005.png", "sub-02", "sub-02_ses-1", 5),
     ("OAS1_0028_MR1_mpr-1_100.jpg", "OAS1_0028", "OAS1_0028_MR1_mpr-1", 100),
     ("patient_3/t2/014.png", "patient_3", "patient_3/t2/", 14),
@@ -306,7 +298,7 @@ def test_no_patient_is_ever_in_two_splits(tmp_path, load, seed):
 ])  # fmt: skip
 def test_names(path, patient, volume, number):
     *folders, name = path.split("/")
-    found = dataset._identify(path, name.split(".")[0], folders, None)
+    found = dataset._identify(path, folders)
     assert (found or (None,) * 3) == (patient, volume, number)
 
 
@@ -331,18 +323,8 @@ def test_group_regex(tmp_path, load):
         load(root, group_regex="(")
 
 
-def test_two_patients_are_split_by_volume_loudly(tmp_path, load, capsys):
-    root = folder(tmp_path / "set", [f"s{p}_v{v}_{i}.png" for p in (1, 2) for v in (1, 2)
-                                     for i in (0, 1)])  # fmt: skip
-    data = load(root)
-    assert data.report["patients_separable"] is False
-    assert "split by volume" in capsys.readouterr().err
-    volumes = [set(data[s].columns["volume"]) for s in SPLITS]
-    assert len(set.union(*volumes)) == sum(map(len, volumes))
-
-
 def test_too_few_images_to_split(tmp_path, load):
-    with pytest.raises(UserError, match="2 images cannot fill every split"):
+    with pytest.raises(UserError, match="1 patients cannot fill every split"):
         load(folder(tmp_path / "set", ["s1_1.png", "s1_2.png"]))
 
 
@@ -381,12 +363,6 @@ def test_nifti_values_are_those_of_nibabel(tmp_path, image, ending):
     assert np.allclose(got, want, rtol=1e-12)
 
 
-def test_nifti_in_several_gzip_members(tmp_path):
-    plain = save(tmp_path / "x.nii", pixels(1)).read_bytes()
-    (tmp_path / "y.nii.gz").write_bytes(gzip.compress(plain[:400]) + gzip.compress(plain[400:]))
-    assert np.array_equal(dataset._read_nifti(tmp_path / "y.nii.gz"), pixels(1))
-
-
 def test_colour_nifti_is_grey_as_in_pillow(tmp_path):
     rgb = np.random.default_rng(0).integers(0, 256, (*SIZE, 3)).astype(np.uint8)
     array = np.zeros((*SIZE, 1), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
@@ -417,12 +393,6 @@ def test_raster_values_are_those_of_pillow(tmp_path, name, array):
         assert np.array_equal(got, array)
 
 
-def test_a_palette_becomes_grey(tmp_path):
-    image = Image.fromarray(pixels(1, (*SIZE, 3)).astype(np.uint8)).quantize(8)
-    image.save(tmp_path / "x.png")
-    assert np.array_equal(dataset._read_raster(tmp_path / "x.png"), np.asarray(image.convert("L")))
-
-
 def test_values_negative_constant_and_sparse(tmp_path, load):
     rng = np.random.default_rng(0)
     ct = rng.integers(-1000, 400, SIZE).astype(np.int16)
@@ -442,25 +412,17 @@ def test_values_negative_constant_and_sparse(tmp_path, load):
     assert [images[k].min() for k in ("s3", "s4", "s5")] == [1, 0, 0]
     assert [images[k].max() for k in ("s3", "s4", "s5")] == [1, 0, 0]
     assert data.report["volumes_shifted"] == 2
-    assert data.report["volumes_constant"] == 3
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(6))
 def test_the_percentile_is_that_of_numpy(seed):
     rng = np.random.default_rng(seed)
     pixels = rng.normal(size=rng.integers(1, 5000)).astype(np.float32) ** rng.integers(1, 6)
     if seed % 3 == 0:
         pixels = np.round(pixels)
-    if seed % 4 == 0:
-        pixels[::101] = 1e6  # the sampled guess is as wrong as can be
-    want = np.percentile(pixels.astype(np.float64), 99.5)
-    assert dataset._high_percentile(pixels) == pytest.approx(want, rel=1e-5, abs=1e-6)
-
-
-def test_sparse_volume_is_scaled_by_its_brightest():
-    image = np.zeros(10000, np.float32)
-    image[:3] = 7
-    assert dataset._window(image, 0.0, 7.0) == (0.0, 7.0)
+    for percent in (0.5, 99.5):
+        want = np.percentile(pixels.astype(np.float64), percent)
+        assert dataset._percentile(pixels, percent) == pytest.approx(want, rel=1e-5, abs=1e-6)
 
 
 def test_a_volume_beyond_memory_is_read_twice(tmp_path, load, monkeypatch):
@@ -473,13 +435,12 @@ def test_a_volume_beyond_memory_is_read_twice(tmp_path, load, monkeypatch):
     assert all(np.corrcoef(got[p].ravel(), want[p].ravel())[0, 1] > 0.98 for p in want)
 
 
-@pytest.mark.parametrize("cache", ["cache", "none"])
-def test_sizes_that_differ_are_cropped_and_padded(tmp_path, load, cache):
+def test_sizes_that_differ_are_cropped_and_padded(tmp_path, load):
     root = folder(tmp_path / "set", [f"s{p}_0.png" for p in range(6)])
     wide, small = pixels(50, (12, 11)).astype(np.uint8), pixels(51, (7, 8)).astype(np.uint8)
     save(root / "s6_0.png", wide)
     save(root / "s7_0.png", small)
-    data = load(root, cache_dir="none" if cache == "none" else tmp_path / cache)
+    data = load(root)
     assert data.size == SIZE
     assert (data.report["cropped"], data.report["padded"]) == (1, 1)
     assert data.report["sizes"] == {"12 x 8": 6, "12 x 11": 1, "7 x 8": 1}
@@ -512,7 +473,7 @@ def test_image_size_never_stretches_and_never_enlarges(tmp_path, load, wanted, s
         save(tmp_path / "set" / f"s{p}_0.nii", array)
     data = load(tmp_path / "set", image_size=[4 * n for n in wanted])
     assert data.size == tuple(4 * n for n in wanted)
-    assert data.report["shrink_factor"] == pytest.approx(shrink, abs=1e-9)
+    assert data.report["shrunk"] == (3 if shrink < 1 else 0)
     area = data["train"].images[0].sum() / 65535
     if shrink == 1 and min(wanted) >= 8:
         assert area == 28 * 20
@@ -538,23 +499,6 @@ def test_the_affine_follows_the_geometry(tmp_path, load, wanted, thin):
     assert np.allclose(data.affine @ (i, j, 0, 1), affine @ (*centre, 1), atol=1e-3)
     assert np.allclose(data.zooms, nibabel.affines.voxel_sizes(data.affine))
     assert data.intensity_scale == pytest.approx(np.percentile(array, 99.5))
-
-
-@pytest.mark.skipif(not BRAIN.is_dir(), reason="the development images are not here")
-def test_real_images(tmp_path, load):
-    for split in SPLITS:
-        for kind in sorted(os.listdir(BRAIN / split)):
-            target = tmp_path / "brain" / split / kind
-            target.mkdir(parents=True)
-            for path in sorted((BRAIN / split / kind).iterdir())[:32]:
-                shutil.copy2(path, target)
-    data = load(tmp_path / "brain")
-    assert data.size == (208, 176)
-    assert data["train"].positions[:32].tolist() == np.linspace(0, 1, 32, dtype="f4").tolist()
-    first = data["train"].slices[0].volume
-    paths = [s.path for s in data["train"].slices if s.volume == first]
-    want = expected([np.asarray(Image.open(p)) for p in paths])
-    assert np.abs(data["train"].images[: len(paths)] / 65535 - want).max() <= 1 / 65535
 
 
 # ------------------------------------------------------------------------------------------------
@@ -590,24 +534,10 @@ def test_the_cache_sees_new_files_new_times_and_new_choices(tmp_path, load):
     assert len(entries) == 4
 
 
-def test_seeds_share_the_cache_unless_they_decide_the_split(tmp_path, load):
-    given = hipmri(tmp_path / "hip")
-    none = folder(tmp_path / "set", [f"s{p}_0.png" for p in range(9)])
-    assert load(given, seed=1).report["cache"] == load(given, seed=2).report["cache"]
-    assert load(none, seed=1).report["cache"] != load(none, seed=2).report["cache"]
-
-
 def test_the_fingerprint_does_not_depend_on_the_place_or_the_time(tmp_path, load):
     first = load(hipmri(tmp_path / "a"))
     shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
     assert load(tmp_path / "b").fingerprint == first.fingerprint
-
-
-def test_spawned_workers_give_the_same_pixels(tmp_path, load, monkeypatch):
-    root = hipmri(tmp_path / "hip", weeks=8, slices=6)
-    want = load(root).fingerprint
-    monkeypatch.setattr(dataset.sys, "platform", "elsewhere")
-    assert load(root, workers=2, cache_dir="none").fingerprint == want
 
 
 def test_workers_and_memory_give_the_same_pixels(tmp_path, load):
@@ -650,40 +580,12 @@ def test_a_broken_cache_entry_is_made_again(tmp_path, load, harm):
     assert [p.name[:4] for p in (tmp_path / "cache").iterdir()] == ["hip-"]
 
 
-def test_cache_dir_none_writes_nothing(tmp_path, load, monkeypatch):
-    root = hipmri(tmp_path / "hip")
-    for variable in ("MRCODES_CACHE", "XDG_CACHE_HOME", "TMPDIR"):
-        monkeypatch.setenv(variable, str(tmp_path / "nowhere"))
-    before = sorted(tmp_path.rglob("*"))
-    assert load(root, cache_dir="none").report["cache"] == "none"
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("moment", ["before", "while"])
-def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path, load, monkeypatch, moment):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    if moment == "before":
-        usage = types.SimpleNamespace(free=10)
-        monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: usage)
-    else:
-        monkeypatch.setattr(dataset, "_close_gaps", full)
-    with pytest.raises(UserError, match=r"cannot write the cache \((?i:no space left)"):
-        load(hipmri(tmp_path / "hip"))
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_a_worker_meets_the_full_disk(tmp_path, load):
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path, load):
     root = hipmri(tmp_path / "hip", weeks=8, slices=6)
     code = f"""if 1:
         import resource, signal, dataset
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        plan = dataset._groups
-        def limited(*args):  # after this, a write past 1,000 bytes fails
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-            return plan(*args)
-        dataset._groups = limited
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # a longer file cannot be written
         dataset.utils.run_main(lambda: dataset.load({str(root)!r}, workers=2, progress=False,
                                cache_dir={str(tmp_path / "cache")!r}))"""
     done = python("-c", code)
@@ -699,8 +601,7 @@ def test_the_phantom_is_made_once_and_announced(tmp_path, load, monkeypatch):
         made.append(root)
         hipmri(Path(root))
 
-    module = types.SimpleNamespace(VERSION=7, make_phantom=make)
-    monkeypatch.setitem(sys.modules, "phantom", module)
+    monkeypatch.setattr(dataset, "phantom", types.SimpleNamespace(VERSION=7, make_phantom=make))
     data = load("phantom")
     assert load("phantom").fingerprint == data.fingerprint
     assert made == [tmp_path / "cache/phantom-v7-seed0"]
@@ -716,129 +617,85 @@ def test_the_phantom_is_made_once_and_announced(tmp_path, load, monkeypatch):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_no_such_folder_a_file_and_an_empty_folder(tmp_path, load):
+def test_no_such_folder_and_an_empty_folder(tmp_path, load):
     with pytest.raises(UserError, match="no such folder"):
         load(tmp_path / "x")
-    path = save(tmp_path / "x.png", pixels(1).astype(np.uint8))
-    with pytest.raises(UserError, match="a file, not a folder"):
-        load(path)
+    (tmp_path / "a.dcm").write_text("x")
+    with pytest.raises(UserError, match=r"\.dcm files: 1"):
+        load(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no NIfTI, PNG, JPEG or TIFF image in it \(it is empty\)"):
         load(tmp_path / "empty")
 
 
-def test_no_image_in_it(tmp_path, load):
-    for name in ("a.dcm", "b.txt", ".hidden.png"):
-        (tmp_path / name).write_text("x")
-    with pytest.raises(UserError, match=r"\.dcm files: 1"):
-        load(tmp_path)
-
-
-def _nothing(path):
-    path.write_bytes(b"")
-
-
-def _truncated(path):
-    save(path, pixels(9, (60, 60)))
-    path.write_bytes(path.read_bytes()[:900])
-
-
-def _no_checksum(path):
-    save(path, pixels(9))
-    path.write_bytes(path.read_bytes()[:-6])
-
-
-def _damaged(path):
-    data = bytearray(save(path, pixels(9, (60, 60))).read_bytes())
-    data[500:520] = bytes(20)
-    path.write_bytes(data)
-
-
-def _text(path):
-    path.write_text("not an image\n" * 50)
-
-
-def _zipped_text(path):
-    path.write_bytes(gzip.compress(b"not an image\n" * 50))
-
-
-def _4d(path):
-    save(path, pixels(9, (4, 4, 4, 3)))
-
-
-def _3d(path):
-    save(path, pixels(9, (4, 4, 4)))
-
-
-def _nan(path):
-    array = pixels(9).astype(np.float32)
-    array[3, 3] = np.nan
-    save(path, array)
-
-
-def _infinity(path):
-    array = pixels(9).astype(np.float64)
-    array[3, 3] = -np.inf
-    save(path, array)
-
-
-def _complex(path):
-    save(path, pixels(9).astype(np.complex64))
-
-
-def _promises(path):
+def promise():
     header = nibabel.Nifti1Header()
     header.set_data_shape((32000, 32000))
     header["vox_offset"], header["magic"] = 352, b"n+1"
-    path.write_bytes(gzip.compress(header.binaryblock + bytes(100)))
+    return gzip.compress(header.binaryblock + bytes(100))
 
 
-def _empty_folder(path):
-    path.mkdir()
+def with_one(value):
+    array = pixels(9).astype(np.float64)
+    array[3, 3] = value
+    return array
 
 
-BAD = [
-    (_nothing, "empty, 0 bytes"), (_truncated, "truncated gzip"), (_no_checksum, "truncated gzip"),
-    (_damaged, "damaged gzip"), (_text, "not a NIfTI file"), (_zipped_text, "not a NIfTI file"),
-    (_4d, "4D .4 x 4 x 4 x 3."), (_3d, "a 3D volume .4, 4, 4."), (_nan, "contains NaN or infinity"),
-    (_infinity, "contains NaN or infinity"), (_complex, "holds complex64 values"),
-    (_promises, ".* cannot hold"), (_empty_folder, "a folder named like an image"),
-]  # fmt: skip
+ZIPPED = gzip.compress(pixels(9, (60, 60)).tobytes())
+BAD = {  # what is written, and what is said about it
+    "nothing": (b"", "empty, 0 bytes"),
+    "truncated": (ZIPPED[:900], "truncated gzip"),
+    "no checksum": (ZIPPED[:-6], "truncated gzip"),
+    "damaged": (ZIPPED[:500] + bytes(20) + ZIPPED[520:], "damaged gzip"),
+    "text": (b"not an image\n" * 50, "not a NIfTI file"),
+    "zipped text": (gzip.compress(b"not an image\n" * 50), "not a NIfTI file"),
+    "4D": (pixels(9, (4, 4, 4, 3)), "4D .4 x 4 x 4 x 3."),
+    "3D": (pixels(9, (4, 4, 4)), "a 3D volume .4, 4, 4."),
+    "NaN": (with_one(np.nan), "contains NaN or infinity"),
+    "infinity": (with_one(-np.inf), "contains NaN or infinity"),
+    "complex": (pixels(9).astype(np.complex64), "holds complex64 values"),
+    "promise": (promise(), "Expected 4096000000 bytes"),
+    "folder": (None, "a folder named like an image"),
+}
 
 
-@pytest.mark.parametrize(("spoil", "reason"), BAD)
-@pytest.mark.parametrize("cache", ["cache", "none"])
-def test_a_bad_nifti_is_named_with_its_reason(tmp_path, load, spoil, reason, cache):
-    root, cache = hipmri(tmp_path / "hip"), "none" if cache == "none" else tmp_path / cache
+def write(path, content):
+    if content is None:
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        save(path, content)
+
+
+@pytest.mark.parametrize(("content", "reason"), BAD.values(), ids=BAD)
+def test_a_bad_nifti_is_named_with_its_reason(tmp_path, load, content, reason):
+    root = hipmri(tmp_path / "hip")
     want = by_path(load(root, cache_dir="none"))
-    spoil(root / "keras_slices_train/case_003_week_0_slice_0.nii.gz")
+    write(root / "keras_slices_train/case_003_week_0_slice_0.nii.gz", content)
     message = rf"1 of \d+ files cannot be read: keras_slices_train/case_003.*\({reason}"
     with pytest.raises(UserError, match=message) as caught:
-        load(root, cache_dir=cache)
+        load(root)
     assert "\n" not in str(caught.value)
-    data = load(root, cache_dir=cache, skip_unreadable=True)
+    data = load(root, skip_unreadable=True)
     assert data.report["unreadable"] == 1
     assert "1 unreadable" in data.describe()
     got = by_path(data)
     assert got.keys() == want.keys()
     assert all(np.array_equal(got[p], want[p]) for p in want)
     with pytest.raises(UserError, match=message):  # the cache of the tolerant start hides nothing
-        load(root, cache_dir=cache)
+        load(root)
 
 
 @pytest.mark.parametrize(("name", "content", "reason"), [
     ("s9_0.png", b"", "empty, 0 bytes"), ("s9_0.png", b"text", "not an image"),
     ("s9_0.jpg", None, "truncated"), ("s9_0.tif", "pages", "2 pages"),
-    ("s9_0.png", "bomb", "beyond Pillow's safe limit"),
 ])  # fmt: skip
-def test_a_bad_raster_is_named_with_its_reason(tmp_path, load, monkeypatch, name, content, reason):
+def test_a_bad_raster_is_named_with_its_reason(tmp_path, load, name, content, reason):
     root = folder(tmp_path / "set", [f"s{i}_0.png" for i in range(5)])
     path, image = root / name, Image.fromarray(pixels(9, (60, 60)).astype(np.uint8))
     if content == "pages":
         image.save(path, save_all=True, append_images=[image])
-    elif content == "bomb":
-        image.save(path)
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
     elif content is None:
         image.save(path)
         path.write_bytes(path.read_bytes()[:-300])
@@ -857,7 +714,6 @@ def test_a_folder_named_like_the_file_is_looked_into(tmp_path, load):
     (tmp_path / "aside").rename(path / path.name)
     data = load(root)
     assert len(data["train"]) == 24
-    assert data.report["folders_named_like_files"] == 1
     assert data["train"].slices[0].path == str(path / path.name)
 
 
@@ -893,13 +749,6 @@ def test_links(tmp_path, load):
     (root / "keras_slices_test/case_041_week_9_slice_0.nii.gz").symlink_to("nowhere")
     with pytest.raises(UserError, match="1 of 48 files cannot be read: .*broken link"):
         load(root)
-
-
-def test_a_file_name_that_is_not_text(tmp_path, load):
-    root = folder(tmp_path / "set", [f"s{p}_0.png" for p in range(4)])
-    os.rename(os.fsencode(root / "s3_0.png"), os.fsencode(root) + b"/s\xff_0.png")
-    assert sum(len(load(root)[s]) for s in SPLITS) == 4
-    assert load(root).report["names_without_patient"] == 1
 
 
 def test_20000_files_of_which_three_are_bad(tmp_path):
@@ -938,23 +787,6 @@ def test_only_the_first_ten_bad_files_are_listed(tmp_path, load):
     assert str(caught.value).count("0 bytes") == 10
 
 
-def test_a_split_without_a_readable_slice(tmp_path, load):
-    root = hipmri(tmp_path / "hip")
-    for path in (root / "keras_slices_test").iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(UserError, match="no readable slice for test"):
-        load(root, skip_unreadable=True)
-
-
-@pytest.mark.parametrize("flags", [
-    {"image_size": (0, 4)}, {"image_size": (4,)}, {"plane": "x"}, {"split_policy": "x"},
-    {"slices": 0}, {"workers": 0},
-])  # fmt: skip
-def test_bad_arguments(tmp_path, load, flags):
-    with pytest.raises(UserError):
-        load(tmp_path, **flags)
-
-
 NIBABEL_DATA = Path(nibabel.__file__).parent / "tests/data"
 
 
@@ -975,7 +807,7 @@ def test_images_that_nibabel_ships(tmp_path, load, path):
         assert len(data["train"]) == 3
         assert path.name.endswith((".nii", ".nii.gz"))
         image = nibabel.load(path)
-        axis = dataset._axis(image.affine, "coronal")
+        axis = nibabel.aff2axcodes(image.affine, ("LL", "CC", "HH")).index("C")
         planes = [s.index for s in data["train"].slices]
         want = np.moveaxis(np.squeeze(image.get_fdata()), axis, 0)[planes]
         low, high = np.percentile(want, (0.5, 99.5))
@@ -984,7 +816,7 @@ def test_images_that_nibabel_ships(tmp_path, load, path):
         assert np.abs(data["train"].images / 65535 - want).max() <= 2 / 65535
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(15))
 def test_random_damage_never_crashes(tmp_path, seed):
     """Any bytes either give a finite image of a sane size or a reason."""
     rng = np.random.default_rng(seed)
@@ -993,8 +825,8 @@ def test_random_damage_never_crashes(tmp_path, seed):
         plain[at] = rng.integers(256)
     for name, data in (("y.nii", plain), ("y.nii.gz", zlib.compress(bytes(plain), wbits=31))):
         (tmp_path / name).write_bytes(data)
-        (answer,) = dataset._Group(0, [name]).images(tmp_path)
-        assert isinstance(answer, str) or np.isfinite(answer).all()
+        answer = dataset._images(tmp_path, name, None, [0])
+        assert isinstance(answer, str) or np.isfinite(answer[0]).all()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1023,9 +855,10 @@ def test_command_line(tmp_path):
 def test_flags_become_arguments(tmp_path, load):
     parser = dataset.argparse.ArgumentParser()
     dataset.add_data_arguments(parser, suppress_default=True)
-    args = parser.parse_args(["--data", str(hipmri(tmp_path / "hip")), "--image_size", "6", "4"])
-    assert vars(args).keys() == {"data", "image_size"}
-    data = dataset.load_from_args(args, cache_dir="none", progress=False)
+    args = parser.parse_args(["--data", str(hipmri(tmp_path / "hip")), "--image_size", "6", "4",
+                              "--split_seed", "3"])  # fmt: skip
+    assert vars(args).keys() == {"data", "image_size", "split_seed"}
+    data = dataset.load(**utils.data_arguments(args, dataset.load), cache_dir="none")
     assert (data.size, data.report["preprocessing"]["plane"]) == ((6, 4), "coronal")
     with pytest.raises(SystemExit):
         parser.parse_args(["--slices", "0"])

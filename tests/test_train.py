@@ -90,3 +90,5 @@ def test_patience_stops_early(data, tmp_path):
     best = max(log, key=lambda entry: entry["validate"]["ssim"])
     assert log[-1]["update"] == best["update"] + 2 < 90
     assert "best validation ssim" in out
+    again, _ = call(f"{command} --n_updates 90 --log_interval 1 --learning_rate 0 --patience 2")
+    assert "finished" in again
