@@ -538,6 +538,10 @@ def _read_nifti(path):
                 as_stored = slope == 0 or (slope, inter) == (1, 0)
                 return image if as_stored else image.astype(np.float64) * slope + inter
     image = nibabel.load(path)
+    if not isinstance(image, nibabel.spatialimages.SpatialImage):
+        raise _Unreadable(f"a {type(image).__name__}, not a picture")
+    if (count := math.prod(image.shape)) > 1032 * len(data):  # deflate cannot shrink any further
+        raise _Unreadable(f"truncated: too short for {count} pixels")
     array = np.asanyarray(image.dataobj).reshape(_squeezed(image.shape))
     if array.dtype.names:  # colour, weighed as Pillow does
         rgb = np.stack([array[c] for c in array.dtype.names[:3]], -1).reshape(-1, 1, 3)

@@ -55,20 +55,21 @@ def bits(logits, codes):
 
 
 @torch.inference_mode()
-def bits_per_code(model, codes, labels, device, desc=None):
+def bits_per_code(model, codes, labels, depths, device, desc=None):
     """Mean bits per code of each slice under the prior.
 
     Args:
         model: `modules.GatedPixelCNN` in eval mode.
         codes: (N, h, w) int64 tensor.
         labels: (N,) int64 tensor, -1 for any.
+        depths: (N,) float tensor in [0, 1], -1 for any.
     Returns:
         (N,) numpy float32.
     """
     parts = []
     for part in _batches(len(codes), desc):
-        batch = codes[part].to(device)
-        parts.append(bits(model(batch, labels[part].to(device)), batch).mean((1, 2)).cpu())
+        batch, label, depth = (x[part].to(device) for x in (codes, labels, depths))
+        parts.append(bits(model(batch, label, depth), batch).mean((1, 2)).cpu())
     return torch.cat(parts).numpy()
 
 

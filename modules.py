@@ -273,6 +273,7 @@ class PixelCNNConfig:
     kernel_size: int = 5  # odd; the vertical stack sees (k + 1) / 2 rows of k codes per layer
     dropout: float = 0.1
     n_classes: int = 0  # number of labels; 0 for none
+    n_depths: int = 8  # places along a volume between which the atlas of `GatedPixelCNN` is mixed
 
     def __post_init__(self):
         object.__setattr__(self, "size", tuple(self.size))
@@ -325,15 +326,23 @@ class GatedLayer(nn.Module):
 
 
 class GatedPixelCNN(nn.Module):
-    """p(codes) = prod_i p(code_i | codes above and to the left of i, label), [2] eq. 1 and 4."""
+    """p(codes) = prod_i p(code_i | codes above and to the left of i, label, depth), [2] eq. 1, 4.
+
+    Label and depth reach every layer as the bias of [2] eq. 4. Depth, a slice's relative position
+    in its volume, also picks from a learned atlas of the grid, a map of C channels for each of
+    `n_depths` places along the volume: what lies where depends on the depth above all, and the
+    network need not carry that from code to code.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         c = config.n_channels
         self.embedding = nn.Embedding(config.n_embeddings, c)
-        self.position = nn.Parameter(torch.zeros(1, c, *config.size))
-        self.label = nn.Embedding(config.n_classes + 1, c)  # the last one means "any label"
+        # the last of each means "any"
+        self.atlas = nn.Parameter(torch.empty(config.n_depths + 1, c, *config.size))
+        self.depth = nn.Parameter(torch.empty(config.n_depths + 1, c))
+        self.label = nn.Parameter(torch.empty(config.n_classes + 1, c))
         self.conditions = nn.Linear(c, 2 * c * config.n_layers, bias=False)
         self.layers = nn.ModuleList(GatedLayer(config) for _ in range(config.n_layers))
         self.head = nn.Sequential(
@@ -343,39 +352,47 @@ class GatedPixelCNN(nn.Module):
 
     def _initialise(self):
         nn.init.normal_(self.embedding.weight, std=0.5)
-        nn.init.normal_(self.label.weight, std=0.02)
-        nn.init.normal_(self.position, std=0.02)
+        for parameter in (self.atlas, self.depth, self.label):
+            nn.init.normal_(parameter, std=0.02)
         for layer in self.layers:
             nn.init.zeros_(layer.v_out.weight)  # each layer starts as the identity
             nn.init.zeros_(layer.h_out.weight)
 
-    def forward(self, codes, label=None):
+    def forward(self, codes, label=None, depth=None):
         """Logits of every code given those before it, all at once.
 
         Args:
             codes: (B, h, w) int64.
             label: (B,) int64 in [0, n_classes); -1 or None means any.
+            depth: (B,) relative position in the volume, in [0, 1]; -1 or None means any.
         Returns:
             logits: (B, K, h, w).
         """
+        atlas, conditions = self._conditions(len(codes), label, depth)
         e = self.embedding(codes).permute(0, 3, 1, 2)  # (B, C, h, w)
-        v = F.pad(e, (0, 0, 1, 0))[:, :, :-1] + self.position  # row r holds row r - 1
-        h = F.pad(e, (1, 0, 0, 0))[:, :, :, :-1] + self.position  # column c holds column c - 1
-        for layer, condition in zip(self.layers, self._conditions(label, len(codes)), strict=True):
+        v = F.pad(e, (0, 0, 1, 0))[:, :, :-1] + atlas  # row r holds row r - 1
+        h = F.pad(e, (1, 0, 0, 0))[:, :, :, :-1] + atlas  # column c holds column c - 1
+        for layer, condition in zip(self.layers, conditions, strict=True):
             v, h = layer(v, h, condition)
         return self.head(h)
 
-    def _conditions(self, label, batch):
-        """(B,) labels -> one (B, 2C, 1, 1) per layer."""
-        if label is None:
-            label = torch.full((batch,), -1, device=self.position.device)
-        label = torch.where(label < 0, self.config.n_classes, label)
-        return self.conditions(self.label(label))[:, :, None, None].chunk(self.config.n_layers, 1)
+    def _conditions(self, n, label, depth):
+        """(n,) labels and depths -> the atlas (n, C, h, w), and one (n, 2C, 1, 1) per layer."""
+        any_of_n = torch.full((n,), -1, device=self.atlas.device)
+        label, depth = (any_of_n if x is None else x for x in (label, depth))
+        last = self.config.n_depths - 1
+        places = torch.arange(last + 1, device=depth.device)
+        near = (1 - (depth.clamp(min=0)[:, None] * last - places).abs()).clamp(min=0)
+        is_known = (depth >= 0)[:, None]
+        mix = torch.cat([near * is_known, ~is_known], 1).to(self.atlas.dtype)  # (n, n_depths + 1)
+        atlas = torch.einsum("nk,kchw->nchw", mix, self.atlas)
+        both = self.label[label] + mix @ self.depth  # -1 is the last label, "any"
+        return atlas, self.conditions(both)[:, :, None, None].chunk(self.config.n_layers, 1)
 
     @torch.no_grad()
     def sample(
         self, n, size=None, label=None, temperature=1.0, top_k=None, given=None, generator=None,
-        progress=None,
+        depth=None, progress=None,
     ):
         """Draw n grids of codes, one code after the other (see `logits_in_order`).
 
@@ -388,6 +405,7 @@ class GatedPixelCNN(nn.Module):
             given: (n, h, w) int64; codes >= 0 are kept as they are, -1 are drawn.
             generator: torch.Generator on the CPU, or a list of n of them, one for each grid, which
                 makes a grid independent of the batch it is drawn in.
+            depth: float, or (n,), relative position in the volume; -1 or None means any.
             progress: called with no arguments after each row.
         Returns:
             codes: (n, h, w) int64.
@@ -397,14 +415,16 @@ class GatedPixelCNN(nn.Module):
             raise ValueError(f"this prior draws grids of {(rows, columns)}, not {tuple(size)}")
         if temperature < 0:
             raise ValueError(f"temperature must be 0 or more, not {temperature}")
-        device = self.position.device
-        if label is not None:
-            label = torch.as_tensor(label, device=device).expand(n)
+        device = self.atlas.device
+        label, depth = (
+            None if x is None else torch.as_tensor(x, device=device).expand(n)
+            for x in (label, depth)
+        )
         uniform = _uniform((rows, columns), n, generator).to(device)
         codes = torch.full((n, rows, columns), -1, device=device)
         if given is not None:
             codes.copy_(given)
-        for i, j, logits in self.logits_in_order(codes, label):
+        for i, j, logits in self.logits_in_order(codes, label, depth):
             drawn = _choose(logits, uniform[:, i, j], temperature, top_k)
             codes[:, i, j] = torch.where(codes[:, i, j] < 0, drawn, codes[:, i, j])
             if progress is not None and j == columns - 1:
@@ -412,7 +432,7 @@ class GatedPixelCNN(nn.Module):
         return codes
 
     @torch.no_grad()
-    def logits_in_order(self, codes, label=None):
+    def logits_in_order(self, codes, label=None, depth=None):
         """The logits of `forward`, a position at a time, computing nothing twice [3].
 
         The vertical stack advances by a row once the row above is known, the horizontal stack by a
@@ -421,19 +441,19 @@ class GatedPixelCNN(nn.Module):
         Args:
             codes: (n, h, w) int64; [:, i, j] is read only after (i, j) has been yielded, so the
                 caller may fill it in meanwhile.
-            label: (n,) int64, as in `forward`.
+            label, depth: (n,), as in `forward`.
         Yields:
             i, j, logits (n, K).
         """
         n, rows, columns = codes.shape
-        device, c, r = self.position.device, self.config.n_channels, self.config.kernel_size // 2
-        conditions = self._conditions(label, n)
+        device, c, r = self.atlas.device, self.config.n_channels, self.config.kernel_size // 2
+        atlas, conditions = self._conditions(n, label, depth)
         # per layer, the vertical stack's last r + 1 input rows; zeros are the padding above row 0
         above = [torch.zeros(n, c, r + 1, columns + 2 * r, device=device) for _ in self.layers]
         kernels = [la.horizontal.weight[:, :, 0].transpose(1, 2).flatten(1) for la in self.layers]
         previous_row = torch.zeros(n, c, columns, device=device)
         for i in range(rows):
-            v = previous_row + self.position[0, :, i]  # (n, C, w)
+            v = previous_row + atlas[:, :, i]  # (n, C, w)
             from_above = []  # per layer, what the horizontal stack adds at each column
             for layer, condition, window in zip(self.layers, conditions, above, strict=True):
                 window.copy_(window.roll(-1, 2))
@@ -446,7 +466,7 @@ class GatedPixelCNN(nn.Module):
             left = [torch.zeros(n, columns + r, c, device=device) for _ in self.layers]
             code_left = torch.zeros(n, c, device=device)
             for j in range(columns):
-                h = code_left + self.position[0, :, i, j]  # (n, C)
+                h = code_left + atlas[:, :, i, j]  # (n, C)
                 for k, layer in enumerate(self.layers):
                     left[k][:, j + r] = h
                     x = F.linear(left[k][:, j : j + r + 1].flatten(1), kernels[k])

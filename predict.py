@@ -28,7 +28,7 @@ PROTOCOL = {
     "ssim": "skimage.metrics.structural_similarity, data_range=1, uniform 7 x 7 window",
     "psnr": "10 log10(1 / mean squared error) in dB, mean over slices",
     "interval": "95 %, bootstrap over patients, 2000 draws",
-    "bits_per_code": "mean over slices of -log2 p(code | codes before it, label)",
+    "bits_per_code": "mean over slices of -log2 p(code | codes before it, label, position)",
 }
 
 
@@ -57,10 +57,21 @@ def parser():
     )
     sample.add_argument("--label", metavar="L", help="class to draw (default: any)")
     sample.add_argument(
+        "--position", type=fraction, metavar="X",
+        help="place in the volume to draw, 0 to 1 (default: those of the training slices)",
+    )
+    sample.add_argument(
         "--seed", type=utils.at_least(0), metavar="N", default=0, help="of everything random"
     )
     utils.add_runtime_arguments(p, precision=False)
     return p
+
+
+def fraction(text):
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
+    return value
 
 
 def main():
@@ -97,7 +108,7 @@ def main():
     split = data[args.split]
     codes = score_reconstructions(vq_vae, split, config, device, out, result)
     if prior is not None:
-        score_prior(prior, codes, split.labels, device, result)
+        score_prior(prior, codes, split, device, result)
     if prior is not None and args.n_samples:
         draw_samples(args, vq_vae, prior, label, data, config, device, out, result)
     utils.write_json(out / "metrics.json", result)
@@ -183,10 +194,9 @@ def write_rows(path, split, rows):
     utils.write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
 
 
-def score_prior(prior, codes, labels, device, result):
-    per_slice = metrics.bits_per_code(
-        prior, codes, torch.from_numpy(labels), device, "likelihood of the codes"
-    )
+def score_prior(prior, codes, split, device, result):
+    labels, depths = torch.from_numpy(split.labels), torch.from_numpy(split.positions)
+    per_slice = metrics.bits_per_code(prior, codes, labels, depths, device, "likelihood of codes")
     n = codes[0].numel()
     mean = float(per_slice.mean(dtype=np.float64))
     result["prior"] = {"bits_per_code": mean, "bits_per_slice": mean * n, "codes_per_slice": n}
@@ -200,18 +210,23 @@ def draw_samples(args, vq_vae, prior, label, data, config, device, out, result):
         old.unlink()
     start = time.perf_counter()
     images = []
+    depths = data["train"].positions
+    if args.position is not None:
+        depths = np.array([args.position], np.float32)
     rows = prior.config.size[0]
     bar = tqdm(total=-(-args.n_samples // metrics.BATCH) * rows, desc="sampling", unit="row")
     for first in range(0, args.n_samples, metrics.BATCH):
         indices = range(first, min(first + metrics.BATCH, args.n_samples))
         # one generator a sample: sample i of a seed is the same whatever --n_samples is
         generators = [torch.Generator().manual_seed(args.seed * 2**32 + i) for i in indices]
+        picks = [torch.randint(len(depths), (), generator=g).item() for g in generators]
         codes = prior.sample(
             len(indices),
             label=label,
             temperature=args.temperature,
             top_k=args.top_k,
             generator=generators,
+            depth=depths[picks],
             progress=bar.update,
         )
         with torch.inference_mode():
@@ -223,6 +238,7 @@ def draw_samples(args, vq_vae, prior, label, data, config, device, out, result):
         save_nifti(image, data, folder / f"sample_{i:05d}.nii.gz", utils.data_name(config))
     note = f"temperature {args.temperature:g}" + (f", top {args.top_k}" if args.top_k else "")
     note += f", label {args.label}" if args.label else ""
+    note += f", position {args.position:g}" if args.position is not None else ""
     plots.samples(images[:32], out / "samples.png", config, note)
     result["samples"] = {
         "n": len(images),
@@ -230,6 +246,7 @@ def draw_samples(args, vq_vae, prior, label, data, config, device, out, result):
         "temperature": args.temperature,
         "top_k": args.top_k,
         "label": args.label,
+        "position": args.position,
     }
 
 

@@ -70,7 +70,7 @@ PRESETS = {
     },
 }
 WARM_UP = 50  # updates over which the learning rate rises from zero
-LABEL_DROPPED = 0.1  # chance that a label is hidden, so that one prior also learns "any label"
+HIDDEN = 0.1  # chance that a label or depth is hidden, so that one prior also learns "any"
 MAY_CHANGE = {"n_updates", "log_interval", "patience"}  # when a run is continued
 
 
@@ -245,8 +245,8 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
     compute = functools.partial(utils.autocast, device, args.precision)
     codes = encode_splits(run_dir, data, device)
     train, validate = (
-        (torch.from_numpy(codes[split]), torch.from_numpy(data[split].labels))
-        for split in ("train", "validate")
+        tuple(torch.from_numpy(x) for x in (codes[s], data[s].labels, data[s].positions))
+        for s in ("train", "validate")
     )
     model_config = configure(
         PixelCNNConfig,
@@ -263,10 +263,11 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
     model = GatedPixelCNN(model_config).to(device, memory_format=torch.channels_last)
 
     def loss_of(indices):
-        batch, label = (tensor[indices].to(device) for tensor in train)
-        label = torch.where(torch.rand(len(label), device=device) < LABEL_DROPPED, -1, label)
+        batch, label, depth = (tensor[indices].to(device) for tensor in train)
+        hidden = torch.rand((2, len(batch)), device=device) < HIDDEN
+        label, depth = torch.where(hidden[0], -1, label), torch.where(hidden[1], -1, depth)
         with compute():
-            logits = model(batch, label)
+            logits = model(batch, label, depth)
         return {"bits_per_code": metrics.bits(logits, batch).mean()}
 
     def score(model):

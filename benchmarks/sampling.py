@@ -2,9 +2,9 @@
 
     python benchmarks/sampling.py
 
-Draws whole grids with the caches. The full passes are all alike, so a few are timed, in turn with the
-cached draws, and multiplied by the number of codes. Also prints the largest difference between a
-cached logit and that of the full pass. Writes benchmarks/results/sampling.json.
+Draws whole grids with the caches. The full passes are all alike, so a few are timed, in turn with
+the cached draws, and multiplied by the number of codes. Also prints the largest difference between
+a cached logit and that of the full pass. Writes benchmarks/results/sampling.json.
 """
 
 import sys

@@ -186,7 +186,8 @@ def test_an_unknown_label(run_dir):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--n_updates 0", "--learning_rate x", "--kernel_size 4", "--preset bse", "--dropout 1"]
+    "flags",
+    ["--n_updates 0", "--learning_rate x", "--kernel_size 4", "--preset bse", "--dropout 1"],
 )
 def test_flags_that_make_no_sense(run_dir, flags):
     _, err = call(f"train.py --mode pixelcnn --run_dir {run_dir} {flags}", code=2)

@@ -23,7 +23,7 @@ def test_bits_of_a_prior_that_knows_nothing_are_log2_k():
     model.head[-1].weight.data.zero_()
     model.head[-1].bias.data.zero_()
     codes = torch.randint(16, (5, 3, 4))
-    bits = metrics.bits_per_code(model, codes, torch.full((5,), -1), "cpu")
+    bits = metrics.bits_per_code(model, codes, torch.full((5,), -1), torch.rand(5), "cpu")
     assert bits == pytest.approx(np.full(5, 4.0), abs=1e-5)
 
 

@@ -224,9 +224,9 @@ def test_causality_by_gradients_everywhere(size, kernel_size):
 def test_cached_logits_equal_the_full_pass(size, kernel_size):
     model = prior(size=size, n_classes=3, kernel_size=kernel_size)
     codes = torch.randint(7, (4, *size))
-    label = torch.tensor([0, 2, -1, 1])
-    full = model(codes, label)
-    for i, j, logits in model.logits_in_order(codes, label):
+    label, depth = torch.tensor([0, 2, -1, 1]), torch.tensor([0.3, -1, 1, 0])
+    full = model(codes, label, depth)
+    for i, j, logits in model.logits_in_order(codes, label, depth):
         torch.testing.assert_close(logits, full[:, :, i, j], rtol=1e-4, atol=1e-4)
 
 
@@ -290,6 +290,16 @@ def test_labels_change_the_distribution_and_none_means_any():
     assert not torch.allclose(logits[0], logits[1])
     assert not torch.allclose(logits[0], logits[2])
     assert torch.equal(model(codes), logits[2])
+
+
+def test_depth_changes_the_distribution_smoothly_and_none_means_any():
+    model = prior().double()
+    codes = torch.randint(7, (1, 5, 9))
+    at = [model(codes, depth=torch.tensor([x]).double()) for x in (0.5, 0.5 + 1e-6, 0.8, -1)]
+    assert torch.allclose(at[0], at[1], atol=1e-2)
+    assert not torch.allclose(at[0], at[2], atol=1e-1)
+    assert not torch.allclose(at[0], at[3], atol=1e-1)
+    assert torch.equal(model(codes), at[3])
 
 
 def test_another_grid_is_refused():
