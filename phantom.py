@@ -32,7 +32,7 @@ SHAPE = (256, 128)  # of a slice: left to right, foot to head
 PIXEL = (1.68, 1.56)  # mm, along the same axes
 FRONT, BACK, FOOT = 44.0, -58.0, -99.0  # mm: the ends of the slab that is cut into slices
 FIRST_CASE = 4  # HipMRI counts its patients from 004
-SCANS = (1, 2, 1, 1, 2, 1)  # scans per case, in turn
+SCANS = (1, 1, 2, 1, 1, 1)  # scans per case, in turn
 EDGE = 1.7  # mm over which a boundary is blurred: one pixel
 SPREAD = 0.6  # pixels: standard deviation of the scanner's point spread within a slice
 SIGMA = 2.2  # noise, in the units of TISSUES: 1 % of the brightest fat
@@ -320,7 +320,7 @@ def _paint_frame(scene, rng, fascia):
             belly = np.maximum(belly, fascia[box])
             scene.fill(box, belly, "inner fat")
             # The blotches let the sheath come and go, as it does where bellies touch.
-            scene.fill(box, belly + 0.9 + 0.7 * scene.texture["blotch"][box], "muscle")
+            scene.fill(box, belly + 0.6 + 0.6 * scene.texture["blotch"][box], "muscle")
         for a, b in zip(ARTERY, ARTERY[1:], strict=False):
             vein = Rod((a[0] - 9, *a[1:]), (b[0] - 9, *b[1:]), 5, 5)
             scene.paint("vein", vein, side=side, rim="wall", thick=1)
@@ -443,7 +443,7 @@ def _for_each(function, jobs, workers, progress):
 def make_phantom(
     root: Path,
     seed: int = 0,
-    n_cases: int = 126,
+    n_cases: int = 180,
     weeks: int | None = None,
     slices_per_volume: int = 16,
     workers: int | None = None,
@@ -451,7 +451,7 @@ def make_phantom(
 ) -> None:
     """Write the data set under `root`, which must be empty or absent.
 
-    `weeks` is the number of scans of every case (default: 1 or 2). Of 126 cases 96 train, 12
+    `weeks` is the number of scans of every case (default: 1 or 2). Of 180 cases 150 train, 12
     validate and 18 test; other numbers, at least 3, keep these shares. The files do not depend on
     `workers`, the number of processes (default: one per core). `root` appears only when complete.
     """
@@ -460,7 +460,7 @@ def make_phantom(
         raise ValueError(f"{n_cases} cases cannot fill three splits: use at least 3")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f"{root} exists and is not empty")
-    n_validate, n_test = max(1, round(n_cases * 4 / 42)), max(1, round(n_cases * 6 / 42))
+    n_validate, n_test = max(1, round(n_cases / 15)), max(1, round(n_cases / 10))
     n_train = n_cases - n_validate - n_test
     splits = ["train"] * n_train + ["validate"] * n_validate + ["test"] * n_test
     jobs = [
@@ -498,7 +498,7 @@ def main():
     out = {"type": Path, "required": True, "default": argparse.SUPPRESS}
     parser.add_argument("--out", **out, help="directory to make; must be empty or absent")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other bodies")
-    parser.add_argument("--n_cases", type=int, default=126, help="synthetic patients, at least 3")
+    parser.add_argument("--n_cases", type=int, default=180, help="synthetic patients, at least 3")
     parser.add_argument("--slices", type=int, default=16, help="slices per scan")
     args = parser.parse_args()
     try:

@@ -32,12 +32,12 @@ PRESETS = {
         "vq_vae": dict(
             model=dict(n_hiddens=96, n_residual_hiddens=96, n_residual_layers=2, embedding_dim=32,
                        n_embeddings=512, beta=0.25, downsample=8),
-            train=dict(n_updates=2000, batch_size=8, learning_rate=4e-3, log_interval=200,
+            train=dict(n_updates=1400, batch_size=8, learning_rate=4e-3, log_interval=200,
                        loss="l1_ssim", decay_to=0.02, average=0.0),
         ),
         "pixelcnn": dict(
             model=dict(n_channels=64, n_layers=10, kernel_size=5, dropout=0.1),
-            train=dict(n_updates=1800, batch_size=8, learning_rate=4e-3, log_interval=200,
+            train=dict(n_updates=2700, batch_size=8, learning_rate=4e-3, log_interval=300,
                        decay_to=0.02, average=0.99),
         ),
     },

@@ -62,9 +62,9 @@ def test_full_size_set_has_the_splits_of_the_study(tmp_path, monkeypatch):
     phantom.make_phantom(tmp_path / "set")
     cases = {s: [c for split, c, _ in jobs if split == s] for s in ("train", "validate", "test")}
     assert {s: (min(c), max(c)) for s, c in cases.items()} == {
-        "train": (4, 99),
-        "validate": (100, 111),
-        "test": (112, 129),
+        "train": (4, 153),
+        "validate": (154, 165),
+        "test": (166, 183),
     }
     assert len(jobs) * 16 >= 1500
     assert len(jobs) == len(set(jobs))
