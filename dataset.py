@@ -49,6 +49,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 import phantom
+import plots
 import utils
 from utils import UserError
 
@@ -847,35 +848,6 @@ def add_data_arguments(parser, suppress_default=False):
     add("--workers", None, "decoding processes (default: one per core)", **n)
 
 
-def _draw(data, out):
-    """Write a contact sheet of every split, and a histogram of the intensities in use."""
-    from matplotlib.figure import Figure
-
-    columns, (h, w) = 8, data.size
-    sheet = Figure((14, 0.6 + 3 * (14 / columns * h / w + 0.4)), layout="constrained")
-    histogram = Figure((7, 4), layout="constrained")
-    bars = histogram.subplots()
-    for split, axes in zip(SPLITS, sheet.subplots(3, columns), strict=True):
-        part = data[split]
-        for k, axis in enumerate(axes):
-            axis.set_axis_off()
-            if k < len(part):
-                shown = min(columns, len(part))
-                i = int((k + 0.618 * k % 1) * len(part) / shown)  # all volumes, varied positions
-                item = part.slices[i]
-                axis.imshow(part.images[i], cmap="gray", vmin=0, vmax=65535)
-                title = f"{split}: {item.volume[-24:]}\n{item.label or ''} at {item.position:.2f}"
-                axis.set_title(title, fontsize=7)
-        some = part.images[:: max(1, len(part) // 500)] / 65535
-        counts, edges = np.histogram(some, bins=100, range=(0, 1), density=True)
-        bars.stairs(counts, edges, label=f"{split} ({len(some)} slices)")
-    bars.set(yscale="log", xlabel="intensity in use", ylabel="density of pixels", title=data.name)
-    bars.legend()
-    sheet.suptitle(data.describe(), fontsize=8)
-    sheet.savefig(out / "contact_sheet.png", dpi=120)
-    histogram.savefig(out / "histogram.png", dpi=120)
-
-
 def main():
     parser = argparse.ArgumentParser(
         description="Tell what a data set holds, and draw it.", formatter_class=utils.HelpFormatter
@@ -887,7 +859,7 @@ def main():
     data = load(**utils.data_arguments(args, load))
     utils.make_folder(args.out)
     utils.write_json(args.out / "report.json", data.report)
-    _draw(data, args.out)
+    plots.data_set(data, args.out)
     print(data.describe())
     for key, value in data.report.items():
         if key != "warnings":

@@ -109,8 +109,7 @@ def codes(x, maps, codebook, path, config):
 
 def samples(images, path, config, note):
     """A grid of generated slices (N, H, W) in [0, 1]; `note` says how they were drawn."""
-    columns = max(1, round((len(images) * images.shape[1] / images.shape[2] * 1.6) ** 0.5))
-    columns = min(columns, len(images))
+    columns = min(8, len(images))
     figure, axes = _panels(-(-len(images) // columns), columns, images.shape[1:], width=1.1)
     for axis in axes.flat[len(images) :]:
         axis.set_axis_off()
@@ -118,3 +117,31 @@ def samples(images, path, config, note):
         axis.imshow(image, cmap="gray", vmin=0, vmax=1)
     figure.suptitle(_title(config, f"generated slices ({note})"))
     _save(figure, path)
+
+
+def data_set(data, out):
+    """contact_sheet.png, slices of every split of a `dataset.SliceData`, and histogram.png."""
+    columns, (h, w) = 8, data.size
+    sheet, axes = plt.subplots(
+        len(data.splits), columns, figsize=(14, 0.6 + 3 * (14 / columns * h / w + 0.4)),
+        layout="constrained",
+    )
+    histogram, bars = plt.subplots(figsize=(7, 4), layout="constrained")
+    for (name, split), row in zip(data.splits.items(), axes, strict=True):
+        for k, axis in enumerate(row):
+            axis.set_axis_off()
+            if k < len(split):
+                shown = min(columns, len(split))
+                i = int((k + 0.618 * k % 1) * len(split) / shown)  # all volumes, varied positions
+                item = split.slices[i]
+                axis.imshow(split.images[i], cmap="gray", vmin=0, vmax=65535)
+                title = f"{name}: {item.volume[-24:]}\n{item.label or ''} at {item.position:.2f}"
+                axis.set_title(title, fontsize=7)
+        some = split.images[:: max(1, len(split) // 500)] / 65535
+        counts, edges = np.histogram(some, bins=100, range=(0, 1), density=True)
+        bars.stairs(counts, edges, label=f"{name} ({len(some)} slices)")
+    bars.set(yscale="log", xlabel="intensity in use", ylabel="density of pixels", title=data.name)
+    bars.legend()
+    sheet.suptitle(data.describe(), fontsize=8)
+    _save(sheet, out / "contact_sheet.png")
+    _save(histogram, out / "histogram.png")
