@@ -86,9 +86,8 @@ def parser():
     stages = list(PRESETS["demo"])
     run = p.add_argument_group("run")
     run.add_argument("--mode", "-mode", choices=stages, required=True, help="stage to train")
-    run.add_argument(
-        "--preset", choices=list(PRESETS), help="settings to start from (default: demo)"
-    )
+    text = "settings to start from (default: demo; of stage 2: those of stage 1)"
+    run.add_argument("--preset", choices=list(PRESETS), help=text)
     run.add_argument("--run_dir", metavar="DIR", help="where the run lives (default: runs/PRESET)")
     run.add_argument(
         "--fresh", action="store_true", help="start over, deleting this stage's results"

@@ -52,7 +52,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=34, width=100)
 
     def _get_help_string(self, action):
-        if action.default in (None, False) or "default" in (action.help or ""):
+        is_set = action.default is not None and action.default is not False
+        if not is_set or "default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
