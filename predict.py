@@ -49,8 +49,8 @@ def parser():
         "--temperature",
         type=utils.at_least(0.0, float),
         metavar="T",
-        default=1.0,
-        help="of the code distribution; 0 takes the likeliest code",
+        default=0.8,
+        help="1 draws from the prior as learned, less draws likelier and less varied slices",
     )
     sample.add_argument(
         "--top_k", type=utils.at_least(1), metavar="K", help="draw among the K likeliest codes only"
