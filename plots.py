@@ -31,6 +31,12 @@ def _save(figure, path):
     plt.close(figure)
 
 
+def picks(n, k):
+    """At most k of the indices below n, from all over, at varied positions in their volumes."""
+    k = min(n, k)
+    return [int((i + 0.618 * i % 1) * n / k) for i in range(k)]
+
+
 def curves(log, path, config):
     """Training and validation figures over updates.
 
@@ -128,15 +134,13 @@ def data_set(data, out):
     )
     histogram, bars = plt.subplots(figsize=(7, 4), layout="constrained")
     for (name, split), row in zip(data.splits.items(), axes, strict=True):
-        for k, axis in enumerate(row):
+        for axis in row:
             axis.set_axis_off()
-            if k < len(split):
-                shown = min(columns, len(split))
-                i = int((k + 0.618 * k % 1) * len(split) / shown)  # all volumes, varied positions
-                item = split.slices[i]
-                axis.imshow(split.images[i], cmap="gray", vmin=0, vmax=65535)
-                title = f"{name}: {item.volume[-24:]}\n{item.label or ''} at {item.position:.2f}"
-                axis.set_title(title, fontsize=7)
+        for axis, i in zip(row, picks(len(split), columns), strict=False):
+            item = split.slices[i]
+            axis.imshow(split.images[i], cmap="gray", vmin=0, vmax=65535)
+            title = f"{name}: {item.volume[-24:]}\n{item.label or ''} at {item.position:.2f}"
+            axis.set_title(title, fontsize=7)
         some = split.images[:: max(1, len(split) // 500)] / 65535
         counts, edges = np.histogram(some, bins=100, range=(0, 1), density=True)
         bars.stairs(counts, edges, label=f"{name} ({len(some)} slices)")

@@ -145,7 +145,7 @@ def pick_label(name, classes):
 def score_reconstructions(vq_vae, split, config, device, out, result):
     """Reconstruct `split`, write its figures, and return its codes (N, h, w) int64."""
     rows, codes = [], []
-    shown = set(np.linspace(0, len(split) - 1, min(N_SHOWN, len(split))).round().astype(int))
+    shown = plots.picks(len(split), N_SHOWN)
     kept = []
     for x, x_hat, c in metrics.reconstruct(vq_vae, split, device, "reconstructing"):
         for i in range(len(x)):
