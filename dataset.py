@@ -830,7 +830,8 @@ def add_data_arguments(parser, suppress_default=False):
         group.add_argument(flag, default=default, help=text, **options)
 
     n = {"type": utils.at_least(1), "metavar": "N"}
-    add("--data", "phantom", "'phantom', or a folder of slices or volumes", metavar="PATH")
+    text = "'phantom', or a folder of slices or volumes (default: what the run has, or phantom)"
+    add("--data", "phantom", text, metavar="PATH")
     text = "pixels of every image (default: the most common size in train)"
     add("--image_size", None, text, type=utils.at_least(1), nargs=2, metavar=("H", "W"))
     text = "seed of a split that the data does not bring"

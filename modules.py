@@ -207,6 +207,8 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _update(self, flat, codes):
+        if not torch.isfinite(flat).all():
+            return  # one bad batch must not end in the codebook for good
         n, total = self._totals(flat, codes)
         self.count.lerp_(n, 1 - self.DECAY)
         if not self.learns_by_loss:

@@ -78,7 +78,7 @@ def _panels(rows, columns, size, width=1.6):
     return figure, axes
 
 
-def reconstructions(x, x_hat, ssim, path, config):
+def reconstructions(x, x_hat, ssim, path, config, split):
     """Rows of slice, reconstruction and their difference; x, x_hat: (N, H, W) in [0, 1]."""
     figure, axes = _panels(3, len(x), x.shape[1:])
     for i in range(len(x)):
@@ -89,7 +89,7 @@ def reconstructions(x, x_hat, ssim, path, config):
     for axis, text in zip(axes[:, 0], ("slice", "reconstruction", "difference"), strict=True):
         axis.set_ylabel(text)
     figure.colorbar(shown, ax=axes[2], label="reconstruction - slice", fraction=0.05, aspect=12)
-    figure.suptitle(_title(config, "reconstructions of test slices"))
+    figure.suptitle(_title(config, f"reconstructions of slices of the {split} split"))
     _save(figure, path)
 
 
@@ -100,8 +100,8 @@ def codes(x, maps, codebook, path, config):
     codebook: codes that look alike have like colours.
     """
     centred = codebook - codebook.mean(0)
-    axes3 = np.linalg.svd(centred, full_matrices=False)[2][:3]
-    colours = centred @ axes3.T
+    colours = centred @ np.linalg.svd(centred, full_matrices=False)[2][:3].T
+    colours = np.pad(colours, ((0, 0), (0, 3 - colours.shape[1])))  # D may be less than 3
     colours = colours.argsort(0).argsort(0) / (len(colours) - 1)
     figure, axes = _panels(2, len(x), x.shape[1:])
     for i in range(len(x)):

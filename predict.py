@@ -7,6 +7,7 @@ samples new slices, and writes metrics.json, per_slice.csv, pictures and NIfTI f
 import argparse
 import csv
 import io
+import sys
 import time
 from pathlib import Path
 
@@ -60,9 +61,7 @@ def parser():
         "--position", type=fraction, metavar="X",
         help="place in the volume to draw, 0 to 1 (default: those of the training slices)",
     )
-    sample.add_argument(
-        "--seed", type=utils.at_least(0), metavar="N", default=0, help="of everything random"
-    )
+    utils.add_seed(sample)
     utils.add_runtime_arguments(p, precision=False)
     return p
 
@@ -84,13 +83,10 @@ def main():
     prior = load_prior(run_dir, device)
     arguments = utils.data_arguments(args, dataset.load, config["data"]["arguments"])
     utils.announce(arguments)
+    check_size(run_dir, config, arguments.get("image_size"))
     data = dataset.load(**arguments)
     print(data.describe())
-    if list(data.size) != config["data"]["size"]:
-        raise UserError(
-            f"{run_dir}: trained on slices of {' x '.join(map(str, config['data']['size']))}, "
-            f"{data.name} has {data.size[0]} x {data.size[1]}; train a run for it, or --image_size"
-        )
+    check_size(run_dir, config, data.size)
     out = Path(args.out or run_dir / "predict")
     utils.make_folder(out)
     config["data"] |= {"name": data.name, "is_phantom": data.is_phantom}
@@ -106,13 +102,24 @@ def main():
         "versions": utils.versions(),
     }
     split = data[args.split]
-    codes = score_reconstructions(vq_vae, split, config, device, out, result)
+    codes = score_reconstructions(vq_vae, split, args.split, config, device, out, result)
     if prior is not None:
-        score_prior(prior, codes, split, device, result)
+        labels = known_labels(split, config["data"]["classes"])
+        score_prior(prior, codes, labels, split.positions, device, result)
     if prior is not None and args.n_samples:
         draw_samples(args, vq_vae, prior, label, data, config, device, out, result)
     utils.write_json(out / "metrics.json", result)
     summarise(result, out, data)
+
+
+def check_size(run_dir, config, size):
+    trained_on = config["data"]["size"]
+    if size and list(size) != trained_on:
+        raise UserError(
+            f"{run_dir}: trained on slices of {trained_on[0]} x {trained_on[1]}, not of "
+            f"{size[0]} x {size[1]}; train a run for that size, or give --image_size "
+            f"{trained_on[0]} {trained_on[1]}"
+        )
 
 
 def load_prior(run_dir, device):
@@ -120,7 +127,8 @@ def load_prior(run_dir, device):
     if not (run_dir / "pixelcnn" / "model.safetensors").exists():
         print(
             f"note: {run_dir} has no prior, so no samples are drawn; to train one run: "
-            f"python train.py --mode pixelcnn --run_dir {run_dir}"
+            f"python train.py --mode pixelcnn --run_dir {run_dir}",
+            file=sys.stderr,
         )
         return None
     made_for = utils.load_config(run_dir, "pixelcnn")["vq_vae"]
@@ -142,7 +150,7 @@ def pick_label(name, classes):
     return classes.index(name)
 
 
-def score_reconstructions(vq_vae, split, config, device, out, result):
+def score_reconstructions(vq_vae, split, split_name, config, device, out, result):
     """Reconstruct `split`, write its figures, and return its codes (N, h, w) int64."""
     rows, codes = [], []
     shown = plots.picks(len(split), N_SHOWN)
@@ -157,8 +165,9 @@ def score_reconstructions(vq_vae, split, config, device, out, result):
     codes = torch.cat(codes)
     write_rows(out / "per_slice.csv", split, rows)
     x, x_hat, maps, ssim = (np.stack(k) for k in zip(*kept, strict=True))
-    plots.reconstructions(x, x_hat, ssim, out / "reconstructions.png", config)
-    plots.codes(x, maps, vq_vae.quantizer.codebook.cpu().numpy(), out / "codes.png", config)
+    plots.reconstructions(x, x_hat, ssim, out / "reconstructions.png", config, split_name)
+    codebook = vq_vae.quantizer.codebook.detach().cpu().numpy()
+    plots.codes(x, maps, codebook, out / "codes.png", config)
 
     values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     patients = np.array(split.patients)
@@ -194,8 +203,13 @@ def write_rows(path, split, rows):
     utils.write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
 
 
-def score_prior(prior, codes, split, device, result):
-    labels, depths = torch.from_numpy(split.labels), torch.from_numpy(split.positions)
+def known_labels(split, classes):
+    """(N,) numbers of the slices' labels among the classes of the run, -1 for any other."""
+    return np.array([classes.index(s.label) if s.label in classes else -1 for s in split.slices])
+
+
+def score_prior(prior, codes, labels, positions, device, result):
+    labels, depths = torch.from_numpy(labels), torch.from_numpy(positions)
     per_slice = metrics.bits_per_code(prior, codes, labels, depths, device, "likelihood of codes")
     n = codes[0].numel()
     mean = float(per_slice.mean(dtype=np.float64))
@@ -203,7 +217,7 @@ def score_prior(prior, codes, split, device, result):
 
 
 def draw_samples(args, vq_vae, prior, label, data, config, device, out, result):
-    """Sample slices; write each as NIfTI and PNG, and all in one figure."""
+    """Sample slices; write each as NIfTI, and the first in one figure."""
     folder = out / "samples"
     utils.make_folder(folder)
     for old in folder.glob("sample_*"):
@@ -251,8 +265,13 @@ def draw_samples(args, vq_vae, prior, label, data, config, device, out, result):
 
 
 def save_nifti(image, data, path, name):
-    """A slice (H, W) in [0, 1] as NIfTI, in integer units and with the voxel size of its data."""
-    units = np.round(image * data.intensity_scale).astype(np.int16)
+    """A slice (H, W) in [0, 1] as NIfTI, in the units and with the voxel size of its data.
+
+    Units are integers, unless the data's own are too coarse for that.
+    """
+    units = image * data.intensity_scale
+    if data.intensity_scale >= 50:
+        units = np.round(units).astype(np.int16 if data.intensity_scale < 2**15 else np.int32)
     nifti = nib.Nifti1Image(units[:, :, None], data.affine)
     nifti.header["descrip"] = f"generated, no patient; like {name}".encode()[:79]
     nib.save(nifti, path)

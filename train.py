@@ -10,7 +10,9 @@ import copy
 import functools
 import json
 import math
+import operator
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -117,9 +119,7 @@ def parser():
         "--patience", type=utils.at_least(0), metavar="N", default=0,
         help="stop after N validations without a better one; 0 never stops early",
     )
-    both.add_argument(
-        "--seed", type=utils.at_least(0), metavar="N", default=0, help="of everything random"
-    )
+    utils.add_seed(both)
     one = p.add_argument_group("stage 1, the VQ-VAE")
     add(one, "n_hiddens", "channels", **count)
     add(one, "n_residual_hiddens", "channels inside a residual block", **count)
@@ -147,7 +147,8 @@ def resolve(args):
                 part[name] = getattr(args, name)
     for name in {name for part in PRESETS[args.preset].values() for name in _settings(part)}:
         if name not in _settings(settings) and getattr(args, name, None) is not None:
-            print(f"note: --{name} is not a setting of --mode {args.mode}; ignored")
+            text = f"note: --{name} is not a setting of --mode {args.mode}; ignored"
+            print(text, file=sys.stderr)
     settings["train"] |= {"patience": args.patience, "seed": args.seed}
     return settings
 
@@ -168,7 +169,10 @@ def main():
         print(json.dumps(given | {"data": arguments} | settings, indent=2))
         return
     device = utils.pick_device(args.device)
+    args.precision = utils.pick_precision(args.precision, device)
     utils.announce(arguments)
+    if args.mode == "vq_vae" and "image_size" in arguments:  # refused before a cache is written
+        check_size(arguments["data"], arguments["image_size"], settings["model"]["downsample"])
     data = dataset.load(**arguments)
     print(data.describe())
     args.data_arguments = arguments
@@ -185,7 +189,7 @@ def main():
 
 def train_vq_vae(args, run_dir, settings, data, device):
     model_config = configure(VQVAEConfig, settings["model"])
-    check_size(data, model_config.downsample)
+    check_size(data.name, data.size, model_config.downsample)
     config = make_config(args, settings, model_config, data)
     torch.manual_seed(args.seed)
     model = VQVAE(model_config).to(device, memory_format=torch.channels_last)
@@ -209,7 +213,8 @@ def train_vq_vae(args, run_dir, settings, data, device):
         figures = {"ssim": float(ssim.mean()), "psnr": float(psnr.mean())}
         return figures | metrics.usage(codes, model_config.n_embeddings)
 
-    fit(args, run_dir / "vq_vae", config, model, len(train), loss_of, score, best=("ssim", max))
+    best = ("ssim", operator.gt)
+    fit(args, run_dir / "vq_vae", config, model, len(train), loss_of, score, best)
 
 
 def reconstruction_loss(x, y, kind):
@@ -220,13 +225,13 @@ def reconstruction_loss(x, y, kind):
     return loss + 1 - utils.ssim(x, y).mean() if kind == "l1_ssim" else loss
 
 
-def check_size(data, downsample):
-    height, width = data.size
-    if height % downsample or width % downsample:
-        fits = [round(n / downsample) * downsample or downsample for n in data.size]
+def check_size(name, size, downsample):
+    """Raise UserError unless `downsample` divides the size, and SSIM's window of 7 fits into it."""
+    if any(n % downsample or n < 7 for n in size):
+        fits = [max(round(n / downsample), 2) * downsample for n in size]
         raise UserError(
-            f"{data.name}: slices of {height} x {width} do not divide by {downsample} "
-            f"(--downsample); crop or pad them with --image_size {fits[0]} {fits[1]}"
+            f"{name}: slices of {size[0]} x {size[1]} are too small or do not divide by "
+            f"{downsample} (--downsample); crop or pad them with --image_size {fits[0]} {fits[1]}"
         )
 
 
@@ -273,16 +278,8 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
         with compute():
             return {"bits_per_code": float(metrics.bits_per_code(model, *validate, device).mean())}
 
-    fit(
-        args,
-        run_dir / "pixelcnn",
-        config,
-        model,
-        len(train[0]),
-        loss_of,
-        score,
-        best=("bits_per_code", min),
-    )
+    best = ("bits_per_code", operator.lt)
+    fit(args, run_dir / "pixelcnn", config, model, len(train[0]), loss_of, score, best)
 
 
 def encode_splits(run_dir, data, device):
@@ -331,6 +328,7 @@ def make_config(args, settings, model_config, data):
         "preset": args.preset,
         "model": utils.architecture(model_config),
         "train": settings["train"],
+        "precision": args.precision,
         "data": {
             "name": data.name,
             "is_phantom": data.is_phantom,
@@ -358,10 +356,10 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
         n_train: number of training slices.
         loss_of: indices (B,) into the training split -> dict of scalar losses, minimised together.
         score: model -> dict of validation figures.
-        best: name of the figure that decides, and `max` or `min`.
+        best: name of the figure that decides, and whether one value of it beats another.
     """
     options = config["train"]
-    key, better = best
+    key, beats = best
     optimizer = torch.optim.AdamW(
         model.parameters(), options["learning_rate"], (0.9, 0.99), weight_decay=0.0, fused=True
     )
@@ -373,52 +371,64 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     if is_done(log, state, options):
         print(
             f"{directory} is finished: {state['update']} updates, best validation {key} "
-            f"{state['best']:.4f}; to start over: --fresh; to go on: more --n_updates"
+            f"{state['best']:.4f}; --fresh starts over, more --n_updates or --patience go on"
         )
         return
     utils.write_json(directory / "config.json", config)
     shown = {}
-    bar = tqdm(total=options["n_updates"], initial=state["update"], unit="update", desc=args.mode)
     running = []
-    while not is_done(log, state, options):
-        update = state["update"]
-        torch.manual_seed(hash((options["seed"], update)) % 2**63)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(update, options)
-        model.train()
-        losses = loss_of(batch_indices(n_train, options["batch_size"], update, options["seed"]))
-        loss = sum(losses.values())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if averaged is not model:
-            average(averaged, model, min(options["average"], (update + 1) / (update + 10)))
-        running.append({name: value.item() for name, value in losses.items()})
-        state["update"] = update = update + 1
-        bar.update()
-        rate = bar.format_dict["rate"]
-        if rate:
-            shown["img/s"] = f"{rate * options['batch_size']:.0f}"
-        bar.set_postfix(loss=f"{loss.item():.3f}", **shown)
-        if update % options["log_interval"] and update < options["n_updates"]:
-            continue
+    diverged = f"{directory}: {{}} at update {{}}; what was saved is good; lower --learning_rate"
+    skipped = 0  # updates in a row without a finite gradient
+    total = {"total": options["n_updates"], "initial": state["update"], "unit": "update"}
+    with tqdm(**total, desc=args.mode) as bar:
+        while not is_done(log, state, options):
+            update = state["update"]
+            torch.manual_seed(hash((options["seed"], update)) % 2**63)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(update, options)
+            model.train()
+            losses = loss_of(batch_indices(n_train, options["batch_size"], update, options["seed"]))
+            loss = sum(losses.values())
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            skipped = 0 if torch.isfinite(norm) else skipped + 1
+            if skipped == 10:
+                raise UserError(diverged.format("10 updates without a finite gradient", update))
+            if not skipped:
+                optimizer.step()
+                running.append({name: value.item() for name, value in losses.items()})
+            if averaged is not model:
+                average(averaged, model, min(options["average"], (update + 1) / (update + 10)))
+            state["update"] = update = update + 1
+            bar.update()
+            rate = bar.format_dict["rate"]
+            if rate:
+                shown["img/s"] = f"{rate * options['batch_size']:.0f}"
+            bar.set_postfix(loss=f"{loss.item():.3f}", **shown)
+            is_due = update % options["log_interval"] == 0 or update == options["n_updates"]
+            if not (is_due and running):
+                continue
 
-        averaged.eval()
-        figures = score(averaged)
-        mean = {name: float(np.mean([r[name] for r in running])) for name in running[0]}
-        running.clear()
-        entry = {"update": update, "data": utils.data_name(config)}
-        log.append(entry | {"train": mean, "validate": figures})
-        for name in {"ssim", "used", "bits_per_code"} & figures.keys():
-            shown[f"val {name}"] = f"{figures[name]:.4g}"
-        if state["best"] is None or better(figures[key], state["best"]) != state["best"]:
-            state["best"], state["best_update"] = figures[key], update
-            utils.save_model(averaged, directory / "model.safetensors")
-        save_checkpoint(directory, config, log, model, averaged, optimizer, state)
-        if figures.get("used", math.inf) < 0.1 * config["model"]["n_embeddings"]:
-            bar.write(f"warning: only {figures['used']} codes in use after {update} updates")
-    bar.close()
+            averaged.eval()
+            figures = score(averaged)
+            if not math.isfinite(figures[key]):
+                raise UserError(diverged.format(f"{key} is {figures[key]}", update))
+            mean = {name: float(np.mean([r[name] for r in running])) for name in running[0]}
+            running.clear()
+            entry = {"update": update, "data": utils.data_name(config)}
+            log.append(entry | {"train": mean, "validate": figures})
+            for name in ("ssim", "used", "bits_per_code"):
+                if name in figures:
+                    shown[f"val {name}"] = f"{figures[name]:.4g}"
+            if state["best"] is None or beats(figures[key], state["best"]):
+                state["best"], state["best_update"] = figures[key], update
+                utils.save_model(averaged, directory / "model.safetensors")
+            save_checkpoint(directory, config, log, model, averaged, optimizer, state)
+            if figures.get("used", math.inf) < 0.1 * config["model"]["n_embeddings"]:
+                bar.write(f"warning: only {figures['used']} codes in use after {update} updates")
+    if state["best"] is None:
+        raise UserError(diverged.format("no finite gradient", state["update"]))
     best_so_far = f"{state['best']:.4f} at update {state['best_update']}"
     print(f"{directory}: best validation {key} {best_so_far}")
 

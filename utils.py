@@ -41,7 +41,7 @@ def run_main(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; training goes on from its last validation if run again", file=sys.stderr)
+        print("\nstopped; training goes on from its last validation if run again", file=sys.stderr)
         sys.exit(130)
 
 
@@ -77,12 +77,12 @@ def data_arguments(args, load, stored=None):
     given = {name: value for name, value in vars(args).items() if name in known}
     if given.get("data", "phantom") != "phantom":
         given["data"] = os.path.abspath(given["data"])  # so that a run can be used from anywhere
-    return (stored or {}) | given
+    return {"data": "phantom"} | (stored or {}) | given
 
 
 def announce(arguments):
     """Say before anything else that the data are not patients, where they are not."""
-    if arguments.get("data", "phantom") == "phantom":
+    if arguments["data"] == "phantom":
         print("PHANTOM: the built-in synthetic pelvis; no slice is of a patient", flush=True)
 
 
@@ -94,6 +94,18 @@ def data_name(config):
 # ------------------------------------------------------------------------------------------------
 # Runtime: device, precision, versions
 # ------------------------------------------------------------------------------------------------
+
+
+def add_seed(group):
+    text = "of everything random but the split"
+    group.add_argument("--seed", type=_seed, metavar="N", default=0, help=text)
+
+
+def _seed(text):
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 to {2**31 - 1}")
+    return value
 
 
 def add_runtime_arguments(parser, precision=True):
@@ -125,10 +137,15 @@ def pick_device(name):
     return torch.device(name)
 
 
+def pick_precision(name, device):
+    """"auto" -> "bf16" where the hardware computes in it, else "fp32"."""
+    if name == "auto":
+        return "bf16" if _has_bf16(device) else "fp32"
+    return name
+
+
 def autocast(device, precision):
-    """The autocast context of `--precision`; "auto" is bfloat16 where the hardware has it."""
-    if precision == "auto":
-        precision = "bf16" if _has_bf16(device) else "fp32"
+    """The autocast context of a precision, "fp32" or "bf16"."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -154,14 +171,15 @@ def versions():
 def write_atomically(path, write):
     """Call `write(temporary_path)`, then move it to `path`: a reader sees all of it or none."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error}); is the disk full?") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def make_folder(path):
@@ -213,7 +231,7 @@ def load_config(run_dir, stage):
 
 
 def _others(run_dir, stage):
-    found = Path(run_dir).parent.glob(f"*/{stage}/config.json")
+    found = Path(run_dir).parent.glob(f"*/{stage}/model.safetensors")
     there = sorted(str(path.parent.parent) for path in found)
     return f" (there is one in {', '.join(there)})" if there else ""
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 import dataset
+import predict
 import utils
 
 
@@ -114,24 +116,29 @@ def test_without_samples(run_dir, tmp_path):
 
 def test_dry_run_prints_json_and_writes_nothing(tmp_path):
     out, _ = call(
-        f"train.py -mode vq_vae --preset classic --n_hiddens 7 --dry_run --run_dir {tmp_path / 'r'}"
+        f"train.py -mode vq_vae --preset classic --n_hiddens 7 --n_layers 3 --dry_run"
+        f" --run_dir {tmp_path / 'r'}"
     )
-    settings = json.loads(out)
+    settings = json.loads(out)  # a note on --n_layers, which is stage 2's, goes to stderr
     assert settings["model"]["n_hiddens"] == 7
     assert settings["model"]["n_residual_hiddens"] == 32
     assert settings["train"]["n_updates"] == 5000
     assert not (tmp_path / "r").exists()
 
 
-def test_slices_with_classes_of_another_shape(tmp_path):
+def noise_in_classes(root, classes):
     rng = np.random.default_rng(0)
     for split, patients in (("train", 4), ("validate", 1), ("test", 1)):
         for p in range(patients):
-            folder = tmp_path / "set" / split / ("sick" if p % 2 else "well")
+            folder = root / split / classes[p % len(classes)]
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(3):
                 pixels = rng.integers(0, 255, (48, 40), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"s{split[:2]}{p}_{i:02d}.jpg")
+
+
+def test_slices_with_classes_of_another_shape(tmp_path):
+    noise_in_classes(tmp_path / "set", ["well", "sick"])
     run = tmp_path / "run"
     call(f"train.py --mode vq_vae --data {tmp_path / 'set'} --run_dir {run} {SMALL_VQ_VAE}")
     call(f"train.py --mode pixelcnn --run_dir {run} {SMALL_PRIOR}")
@@ -139,6 +146,27 @@ def test_slices_with_classes_of_another_shape(tmp_path):
     image = nib.load(run / "predict" / "samples" / "sample_00001.nii.gz")
     assert np.squeeze(image.get_fdata()).shape == (48, 40)
     mistake(f"predict.py --run_dir {run} --label ill", "ill", "sick", "well")
+
+    # a set with classes the prior does not know: scored as "any", not as another class
+    noise_in_classes(tmp_path / "other", ["a", "b", "c", "well"])
+    call(f"predict.py --run_dir {run} --n_samples 0 --data {tmp_path / 'other'}")
+
+
+def test_the_classic_preset_end_to_end(data, tmp_path):
+    small = f"--preset classic --run_dir {tmp_path} --n_updates 2 --batch_size 2"
+    call(f"train.py --mode vq_vae --data {data} {small} --n_hiddens 4 --embedding_dim 2")
+    call(f"train.py --mode pixelcnn {small} --n_channels 4 --n_layers 1")
+    call(f"predict.py --run_dir {tmp_path} --n_samples 1")
+
+
+@pytest.mark.parametrize(("scale", "kind"), [(1.0, "f"), (207.0, "i"), (50000.0, "i")])
+def test_exported_units_follow_the_data(tmp_path, scale, kind):
+    data = SimpleNamespace(intensity_scale=scale, affine=np.eye(4))
+    image = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    predict.save_nifti(image, data, tmp_path / "x.nii.gz", "data")
+    read = nib.load(tmp_path / "x.nii.gz")
+    assert read.get_data_dtype().kind == kind
+    assert np.allclose(read.get_fdata()[:, :, 0], image * scale, atol=0.51 if kind == "i" else 1e-6)
 
 
 # ---------------------------------------------------------------------------------- mistakes
@@ -193,6 +221,19 @@ def test_flags_that_make_no_sense(run_dir, flags):
     _, err = call(f"train.py --mode pixelcnn --run_dir {run_dir} {flags}", code=2)
     assert "Traceback" not in err
     assert flags.split()[0].lstrip("-") in err.splitlines()[-1]
+
+
+def test_a_training_that_diverges_stops_and_keeps_what_was_good(run_dir, data, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    command = f"train.py --mode vq_vae --data {data} --run_dir {run} {SMALL_VQ_VAE}"
+    weights = (run / "vq_vae" / "model.safetensors").read_bytes()
+    config = run / "vq_vae" / "config.json"
+    config.write_text(config.read_text().replace('rate": 0.004', 'rate": 1e30'))
+    checkpoint = (run / "vq_vae" / "checkpoint.pt").read_bytes()
+    mistake(f"{command} --n_updates 60 --learning_rate 1e30", "lower --learning_rate")
+    assert (run / "vq_vae" / "checkpoint.pt").read_bytes() == checkpoint
+    assert (run / "vq_vae" / "model.safetensors").read_bytes() == weights
 
 
 def test_weights_cut_short(run_dir, tmp_path):
