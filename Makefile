@@ -13,8 +13,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 figures: demo
-	cp runs/demo/predict/samples.png runs/demo/predict/reconstructions.png \
-		runs/demo/predict/codes.png figures/
+	cp runs/demo/predict/samples.png runs/demo/predict/codes.png figures/
 
 install: $(VENV)/.installed
 

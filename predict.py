@@ -50,8 +50,8 @@ def parser():
         "--temperature",
         type=utils.at_least(0.0, float),
         metavar="T",
-        default=0.8,
-        help="1 draws from the prior as learned, less draws likelier and less varied slices",
+        default=0.6,
+        help="1 draws from the prior as learned; less gives likelier, less varied slices",
     )
     sample.add_argument(
         "--top_k", type=utils.at_least(1), metavar="K", help="draw among the K likeliest codes only"
