@@ -53,7 +53,7 @@ import plots
 import utils
 from utils import UserError
 
-FORMAT = 2  # of the cache; raise it whenever the same files would give other pixels
+FORMAT = 3  # of the cache; raise it whenever the same files would give other pixels
 PERCENTILE = 99.5
 SPLITS = ("train", "validate", "test")
 HELD_OUT = 0.15  # share of the patients for each split that the data does not bring
@@ -61,19 +61,29 @@ PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the world axis that crosse
 NIFTI, RASTER = (".nii", ".nii.gz"), (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 HELD_PIXELS = 1 << 24  # of one volume in memory at once: 64 MiB in each process
 ADNI_JSON = "meta_data_with_label.json"
+ADNI_CLASSES = {"AD", "NC", "CN", "MCI", "EMCI", "LMCI"}
 
-_SPLIT = re.compile(r"(?:^|[-_ ])(train(?:ing)?|val(?:id(?:ate|ation)?)?|test(?:ing)?)$", re.I)
-_LABELS = r"(?:^|[^a-z])(?:segs?|segmentations?|labels?|masks?{})(?:[^a-z]|$)"
+_SPLIT = re.compile(
+    r"(?:^|[-_ ])(train(?:ing)?|val(?:id(?:ate|ation)?)?|test(?:ing)?)(?:[-_ ]images?)?$", re.I
+)
+_LABELS = (
+    r"(?:^|[^a-z])(?:(?:[ad]|prob)?segs?|segmentations?|labels?(?:t[rs])?|(?:brain)?masks?{})"
+    r"(?:[^a-z]|$)"
+)
 _LABEL_FOLDER = re.compile(_LABELS.format(""), re.I)
 _LABEL_FILE = re.compile(_LABELS.format("|semantic"), re.I)
 _CASE = re.compile(r"case_?(\d+)_week_?(\d+)(?:.*?_slice_?(\d+))?", re.I)
 _ADNI = re.compile(r"\d{3}_S_\d{4,5}")
+_SCAN = re.compile(r"I?(\d+)")  # what ADNI's JSON knows a patient's scans by
 _KNOWN = re.compile(r"sub-[a-z0-9]+|OAS\d_\d{4}|\d{3}_S_\d{4,5}", re.I)
 _FOLDER = re.compile(
     r"sub-[a-z0-9]+|(?:case|patient|subject|sub|p|s)[-_ ]?\d+|\d{3,}|\d{3}_S_\d{4,5}", re.I
 )
-_GENERAL = re.compile(r"[a-z]*[-_ ]?\d+(?=[-_ ](?:.*[-_ ])?(?:slice|img|im|z)?\d+$)", re.I)
-_LAST_NUMBER = re.compile(r"(?:^|[-_ ])(?:(?:slice|img|im|z)[-_ ]?)?(\d+)$", re.I)
+_COUNTER = r"(?:slice|image|img|im|frame|z)"  # numbers behind these, or T1, are no patient's
+_GENERAL = re.compile(
+    rf"(?!{_COUNTER}[-_ ]?\d|t[12][-_ ])[a-z]*[-_ ]?\d+(?=[-_ ](?:.*[-_ ])?{_COUNTER}?\d+$)", re.I
+)
+_LAST_NUMBER = re.compile(rf"(?:^|[-_ ])(?:{_COUNTER}[-_ ]?)?(\d+)(?:[-_ ]of[-_ ]\d+)?$", re.I)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -187,7 +197,10 @@ def load(
     """
     default = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = cache_dir or os.environ.get("MRCODES_CACHE") or os.path.join(default, "mrcodes")
-    cache = Path(_temporary_folder().name if cache == "none" else cache).expanduser()
+    try:
+        cache = Path(_temporary_folder().name if cache == "none" else cache).expanduser()
+    except RuntimeError:  # no such user
+        raise UserError(f"{cache}: no such home folder; give another --cache_dir") from None
     is_phantom = data == "phantom"
     root = cache / f"phantom-v{phantom.VERSION}-seed0" if is_phantom else Path(data)
     try:
@@ -201,8 +214,9 @@ def load(
             "image_size": image_size and [int(n) for n in image_size], "split_seed": split_seed,
             "split_policy": split_policy, "group_regex": group_regex,
         }  # fmt: skip
-        key = repr((files, sorted(bad.items()), meta and meta.stat().st_mtime_ns, choices))
-        name = root.resolve().name or "root"
+        place = str(root.resolve())  # the times of files do not tell two copies apart
+        key = repr((place, files, sorted(bad.items()), meta and meta.stat().st_mtime_ns, choices))
+        name = os.path.basename(place) or "root"
         entry = cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
         if not (found := _open(entry, skip_unreadable)):
             _build(root, files, bad, meta, choices, entry, skip_unreadable, workers, progress)
@@ -247,7 +261,7 @@ def _open(entry, skip):
         if not whole or (index["bad"] and not skip):  # mended by now, or to be listed
             return None
         return index, np.memmap(entry / "images.u16", np.uint16, "r", shape=shape)
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -324,7 +338,7 @@ class _File:
     split: str = "train"
 
 
-def _plan(files, choices, meta):
+def _plan(root, files, choices, meta):
     """Every file with its patient, volume, label, position and split, sorted; and the report."""
     warnings, regex = [], choices["group_regex"]
     try:
@@ -354,16 +368,19 @@ def _plan(files, choices, meta):
         for file in plan:
             file.label = None
     layout = "folder of slices" + (" in class folders" if classes else "")
-    if all(_CASE.match(os.path.basename(f.path)) for f in plan):
-        layout = "HipMRI 3D volumes" if plan[0].number is None else "HipMRI 2D slices"
-    elif classes == ["AD", "NC"] and any(f.patient.isdecimal() for f in plan):
-        layout = "ADNI 2D slices (AD_NC)"
-        unknown += _name_adni_patients(plan, meta, warnings)
-    elif unknown:
+    if unknown:
         warnings.append(
             f"{len(unknown)} of {len(plan)} names do not tell the patient (first: {unknown[0]}); "
             "each such file counts as a patient, so one may be in two splits; give --group_regex"
         )
+    names = [os.path.basename(f.path) for f in plan]
+    cases = [_CASE.match(name) for name in names]
+    groups = {f.upper() for _, inner, _ in places.values() for f in (root.name, *inner)}
+    if all(cases):
+        layout = "HipMRI 2D slices" if any(case[3] for case in cases) else "HipMRI 3D volumes"
+    elif (meta or groups & ADNI_CLASSES) and any(re.match(r"I?\d+_\d+\.", n) for n in names):
+        layout = "ADNI 2D slices" + (f" ({'_'.join(classes)})" if classes else "")
+        unknown += _name_adni_patients(plan, meta, warnings)
     numbers = defaultdict(set)
     for file in plan:
         numbers[file.volume] |= {file.number} - {None}
@@ -372,7 +389,7 @@ def _plan(files, choices, meta):
     for file in plan:
         rank = ranks[file.volume]
         file.position = rank.get(file.number, 0.5) if len(rank) > 1 else 0.5
-    origin, shared = _set_splits(plan, layout, choices, warnings)
+    origin, shared = _set_splits(root, plan, layout, choices, warnings)
     plan.sort(key=lambda f: (SPLITS.index(f.split), f.volume, f.number or 0, f.path))
     return plan, {
         "layout": layout, "classes": classes, "split_origin": origin, "shared_patients": shared,
@@ -385,8 +402,8 @@ def _plan(files, choices, meta):
 def _place(folder):
     """Split and other folders: x/val/AD -> validate, (AD,), val; x/AD -> None, (x, AD), None."""
     folders = tuple(f for f in folder.split("/") if f and not _is_image(f))
-    for i, name in enumerate(folders):
-        if match := _SPLIT.search(name):
+    for i in reversed(range(len(folders))):  # the innermost knows best
+        if match := _SPLIT.search(folders[i]):
             split = next(s for s in SPLITS if s.startswith(match[1].lower()[:3]))
             return split, folders[i + 1 :], match[1]
     return None, folders, None
@@ -394,7 +411,7 @@ def _place(folder):
 
 def _identify(path, folders, regex=None):
     """Patient, volume and slice number of a file, or None where its name does not tell."""
-    stem = re.sub(r"(?i)\.nii(\.gz)?$|\.[^.]*$", "", os.path.basename(path))
+    stem = re.sub(r"(?i)(\.nii(\.gz)?)?(\.[^.]*)?$", "", os.path.basename(path))
     if regex:
         found = (match := regex.search(path)) and match.groupdict()
         if not found or not found["patient"]:
@@ -420,6 +437,8 @@ def _name_adni_patients(plan, meta, warnings):
     patients = {}
     try:
         known = json.loads(meta.read_text(encoding="utf-8-sig")) if meta else {}
+        if not isinstance(known, dict | list):
+            raise ValueError("no records in it")
     except (OSError, ValueError) as error:
         raise UserError(f"{meta}: not readable as JSON ({error}); fetch it again") from None
     for record in known.items() if isinstance(known, dict) else known:
@@ -429,8 +448,9 @@ def _name_adni_patients(plan, meta, warnings):
             for scan in re.findall(r'["/]I?(\d+)(?:_\d+)?(?:\.\w+)?"', text):
                 patients[scan] = min(found)
     for file in plan:
-        file.patient = patients.get(file.patient, file.patient)
-    scans = sorted({f.patient for f in plan if not _ADNI.fullmatch(f.patient)})
+        if scan := _SCAN.fullmatch(file.patient):
+            file.patient = patients.get(scan[1], file.patient)
+    scans = sorted({f.patient for f in plan if _SCAN.fullmatch(f.patient)})
     if scans:
         why = f"{meta} does not list them" if meta else f"no {ADNI_JSON} beside the images"
         warnings.append(
@@ -440,11 +460,11 @@ def _name_adni_patients(plan, meta, warnings):
     return scans
 
 
-def _set_splits(plan, layout, choices, warnings):
+def _set_splits(root, plan, layout, choices, warnings):
     """Set the split of every file: (where it comes from, number of shared patients)."""
     if layout == "HipMRI 3D volumes" and not any(f.given for f in plan):
         for file in plan:  # as the 2D release splits the same cases
-            case = int(file.patient[5:])
+            case = int(_CASE.match(os.path.basename(file.path))[1])
             file.given = "train" if case < 36 else "validate" if case < 40 else "test"
     given, held = {f.given for f in plan}, defaultdict(set)
     for file in plan:
@@ -463,8 +483,15 @@ def _set_splits(plan, layout, choices, warnings):
         pool = [file for file in plan if file.split == "train"]
         patients, seed = {file.patient for file in pool}, choices["split_seed"]
         if len(patients) <= len(missing):
-            what = f"{len(patients)} patients cannot fill every split"
-            raise UserError(f"--data: {what}; give more, or tell them apart with --group_regex")
+            everyone, need, where = {file.patient for file in plan}, list(SPLITS), ""
+            if len(everyone) >= len(SPLITS):  # enough, were they not in the other splits
+                everyone, need, where = patients, ["train", *missing], " in train"
+            who = f"{len(everyone)} patient{'s' * (len(everyone) > 1)}{where}"
+            need = f"{len(need)} are needed, one each for {', '.join(need[:-1])} and {need[-1]}"
+            raise UserError(
+                f"{root}: found {who} ({', '.join(sorted(everyone))}), {need}; add patients, put "
+                "slices into train/validate/test folders, or name them with --group_regex"
+            )
         # a hash gives every patient the same rank on every machine
         salted = {p: f"{seed}:{p}".encode("utf8", "replace") for p in patients}
         ranked = sorted(patients, key=lambda p: hashlib.sha256(salted[p]).digest())
@@ -509,8 +536,10 @@ def _why(error):
 def _squeezed(shape):
     """Shape of a slice or a volume without its dimensions of 1; refuses what is neither."""
     squeezed = tuple(shape) if len(shape) == 2 else tuple(n for n in shape if n != 1)
+    full = " x ".join(map(str, shape))
+    if min(shape, default=1) < 1:
+        raise _Unreadable(f"no pixels, its header says {full}")
     if len(squeezed) not in (2, 3) or len(shape) > 4:
-        full = " x ".join(map(str, shape))
         raise _Unreadable(f"{len(shape)}D ({full}), neither a slice nor a volume")
     return squeezed
 
@@ -541,9 +570,10 @@ def _read_nifti(path):
     image = nibabel.load(path)
     if not isinstance(image, nibabel.spatialimages.SpatialImage):
         raise _Unreadable(f"a {type(image).__name__}, not a picture")
-    if (count := math.prod(image.shape)) > 1032 * len(data):  # deflate cannot shrink any further
+    shape = _squeezed(image.shape)
+    if (count := math.prod(shape)) > 1032 * len(data):  # deflate cannot shrink any further
         raise _Unreadable(f"truncated: too short for {count} pixels")
-    array = np.asanyarray(image.dataobj).reshape(_squeezed(image.shape))
+    array = np.asanyarray(image.dataobj).reshape(shape)
     if array.dtype.names:  # colour, weighed as Pillow does
         rgb = np.stack([array[c] for c in array.dtype.names[:3]], -1).reshape(-1, 1, 3)
         return np.asarray(Image.fromarray(rgb).convert("L")).reshape(array.shape)
@@ -589,7 +619,10 @@ def _header(path):
             with Image.open(path) as image:
                 return (image.height, image.width), np.eye(4)
         image = nibabel.load(path)
-        shape, affine = _squeezed(image.shape), np.nan_to_num(image.affine)
+        shape, affine = _squeezed(image.shape), image.affine
+        if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
+            zooms = np.abs((*image.header.get_zooms(), 1, 1)[:3])
+            affine = np.diag((*np.where((zooms > 0) & (zooms < np.inf), zooms, 1), 1))
         # a slice may be stored edgeways, as 1 x H x W
         thin = (*image.shape, 1)[:3].index(1) if len(shape) == 2 else 2
         return shape, _turned(affine, thin, 0)
@@ -727,7 +760,7 @@ def _build(root, files, bad, meta, choices, entry, skip, workers, progress):
     with tempfile.TemporaryDirectory(prefix=".building-", dir=entry.parent) as draft:
         out, text = Path(draft, "images.u16"), Path(draft, "index.json")
         while True:  # again without the bad files, or with the right size where the guess is wrong
-            plan, notes = _plan(files, choices, meta)
+            plan, notes = _plan(root, files, choices, meta)
             rows, groups, guess = _rows(root, plan, choices["plane"], choices["slices"])
             common = common or guess
             size = tuple(choices["image_size"] or common)
@@ -800,8 +833,8 @@ def _index(root, rows, groups, images, windows, common, size):
             "size": size,
             "sizes": {f"{h} x {w}": n for (h, w), n in sizes.most_common()},
             "shrunk": sum(n for s, n in sizes.items() if placed[s][0] != s),
-            "cropped": sum(n for s, n in sizes.items() if max(placed[s][1]) > 0),
-            "padded": sum(n for s, n in sizes.items() if min(placed[s][1]) < 0),
+            "cropped": sum(n for s, n in sizes.items() if (np.array(placed[s][0]) > size).any()),
+            "padded": sum(n for s, n in sizes.items() if (np.array(placed[s][0]) < size).any()),
             "volumes_cut": len(cut),
             "intensity_rule": f"(raw - shift) / scale clipped to [0, 1]; scale: {PERCENTILE}th "
             "percentile of the volume within its split, or of the slice where no volume is known",

@@ -220,6 +220,29 @@ def test_adni_without_its_json_says_that_scans_stand_for_patients(tmp_path, load
     assert "CANNOT BE TOLD APART" in data.describe()
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("classes", [("AD", "CN"), ("AD",), ("MCI", "x"), ("AD", "MCI", "NC")])
+def test_adni_with_other_classes(tmp_path, load, capsys, classes, known):
+    root = tmp_path / "set"
+    folder(root, [f"{classes[i % len(classes)]}/{100 + i}_7.png" for i in range(12)])
+    if known:  # two scans of each patient
+        raw = {100 + i: {"raw": f"/x/ADNI_002_S_{i // 2:04d}_MR"} for i in range(12)}
+        (root / dataset.ADNI_JSON).write_text(json.dumps(raw))
+    data = load(root)
+    assert data.layout.startswith("ADNI")
+    assert data.report["patients_separable"] is known
+    assert ("12 scans are unknown" in capsys.readouterr().err) is not known
+    assert_no_patient_in_two_splits(data)
+    assert sum(map(len, patients(data).values())) == (6 if known else 12)
+
+
+@pytest.mark.parametrize("text", ["5", "null", "{"])
+def test_adni_with_a_json_of_something_else(tmp_path, load, text):
+    (adni(tmp_path / "adni") / dataset.ADNI_JSON).write_text(text)
+    with pytest.raises(UserError, match="not readable as JSON"):
+        load(tmp_path / "adni")
+
+
 def test_adni_with_a_json_that_lacks_some_scans(tmp_path, load, capsys):
     root = adni(tmp_path / "adni")
     records = json.loads((root / dataset.ADNI_JSON).read_text())
@@ -232,7 +255,9 @@ def test_adni_with_a_json_that_lacks_some_scans(tmp_path, load, capsys):
 
 
 @pytest.mark.parametrize("words", [("train", "validate", "test"), ("Training", "val", "testing"),
-                                   ("x_train", "x-valid", "x_test")])  # fmt: skip
+                                   ("x_train", "x-valid", "x_test"),
+                                   ("train_images", "val-images", "test_images"),
+                                   ("d_test/train", "d_test/val", "d_test/test")])  # fmt: skip
 def test_split_folders_and_class_folders(tmp_path, load, words):
     names = [f"{w}/{c}/s{10 * k + j:03d}{c}_{i}.png" for k, w in enumerate(words)
              for j, c in enumerate("ab") for i in range(3)]  # fmt: skip
@@ -295,6 +320,13 @@ def test_no_patient_is_ever_in_two_splits(tmp_path, load, seed):
     ("photo.png", None, None, None),
     ("img_12.png", None, None, None),
     ("26 (19).jpg", None, None, None),
+    ("case_001_slice_0.nii.png", "case_001", "case_001", 0),
+    ("case_001_week_2_slice_3.nii.gz.png", "case_001", "case_001_week_2", 3),
+    ("slice_1_of_20.png", None, None, None),
+    ("s3_slice_1_of_20.png", "s3", "s3", 1),
+    ("image_003_256.png", None, None, None),
+    ("img_1_x_0.png", None, None, None),
+    ("T1_p00_1.png", None, None, None),
 ])  # fmt: skip
 def test_names(path, patient, volume, number):
     *folders, name = path.split("/")
@@ -323,9 +355,36 @@ def test_group_regex(tmp_path, load):
         load(root, group_regex="(")
 
 
-def test_too_few_images_to_split(tmp_path, load):
-    with pytest.raises(UserError, match="1 patients cannot fill every split"):
-        load(folder(tmp_path / "set", ["s1_1.png", "s1_2.png"]))
+@pytest.mark.parametrize("ending", ["_slice_1.nii", ".nii"])
+@pytest.mark.parametrize("regex", [r"ase_(?P<patient>\d+)", r"(?P<patient>case_\d+)_(?P<volume>w)"])
+def test_group_regex_on_hipmri_names(tmp_path, load, ending, regex):
+    size = (*SIZE, 4) if ending == ".nii" else SIZE
+    for case in (4, 5, 36, 40):
+        save(tmp_path / f"case_{case:03d}_week_0{ending}", pixels(case, size))
+    data = load(tmp_path, group_regex=regex)
+    assert_no_patient_in_two_splits(data)
+    assert ("3D" in data.layout) == (ending == ".nii")
+
+
+@pytest.mark.parametrize(("names", "message"), [
+    (["s1_1", "s1_2"], r"found 1 patient \(s1\), 3 are needed, one each for train, validate and"),
+    (["s1_1", "s2_2"], r"found 2 patients \(s1, s2\), 3 are needed"),
+    (["train/s1_1", "test/s2_2"], r"found 2 patients \(s1, s2\), 3 are needed"),
+    (["train/s1_1", "test/s2_2", "test/s3_2"],
+     r"found 1 patient in train \(s1\), 2 are needed, one each for train and validate; add"),
+])  # fmt: skip
+def test_too_few_patients_to_split(tmp_path, load, names, message):
+    with pytest.raises(UserError, match=f"{tmp_path / 'set'}: {message}"):
+        load(folder(tmp_path / "set", [f"{name}.png" for name in names]))
+
+
+def test_label_maps_are_passed_over(tmp_path, load):
+    names = [f"imagesTr/sub-{i}.png" for i in range(4)]
+    for kind in ("dseg", "aseg", "brainmask", "label-GM_probseg"):
+        names.append(f"imagesTr/sub-1_{kind}.png")
+    data = load(folder(tmp_path, [*names, "labelsTr/sub-1.png", "labelsTs/sub-1.png"]))
+    assert sum(len(data[s]) for s in SPLITS) == 4
+    assert data.report["ignored"] == {"label maps": 4, "folders of label maps": 2}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -450,6 +509,15 @@ def test_sizes_that_differ_are_cropped_and_padded(tmp_path, load):
     assert images["s7_0.png"][:2].max() == images["s7_0.png"][9:].max() == 0
 
 
+@pytest.mark.parametrize(("size", "counts"), [
+    ((13, 8), (1, 0)), ((11, 8), (0, 1)), ((12, 7), (0, 1)), ((13, 7), (1, 1)),
+])  # fmt: skip
+def test_one_pixel_too_many_or_too_few_is_counted(tmp_path, load, size, counts):
+    root = folder(tmp_path / "set", [f"s{p}_0.png" for p in range(6)])
+    data = load(folder(root, ["s7_0.png"], size))
+    assert (data.report["cropped"], data.report["padded"]) == counts
+
+
 def test_the_size_is_the_most_common_one_of_train_whatever_a_sample_says(tmp_path, load):
     root = tmp_path / "set"
     common = [f"train/s{p:03d}_{i}.png" for p in range(90) for i in (1, 2)]
@@ -501,6 +569,21 @@ def test_the_affine_follows_the_geometry(tmp_path, load, wanted, thin):
     assert data.intensity_scale == pytest.approx(np.percentile(array, 99.5))
 
 
+@pytest.mark.parametrize("value", [0, np.nan])
+def test_an_affine_that_maps_nothing_gives_way_to_the_zooms(tmp_path, load, value):
+    for p in range(3):
+        image = nibabel.Nifti1Image(pixels(p, (*SIZE, 4)), np.eye(4))
+        image.header.set_zooms((2, 3, 4))
+        image.header["srow_x"] = value
+        image.header["sform_code"] = 1
+        (tmp_path / f"s{p}.nii").write_bytes(
+            image.header.binaryblock + bytes(4) + image.get_fdata().astype("i2").tobytes("F")
+        )
+    data = load(tmp_path, plane="axial", group_regex=r"(?P<patient>s\d)")
+    assert data.zooms == (2, 3, 4)
+    assert len(data["test"]) == 4
+
+
 # ------------------------------------------------------------------------------------------------
 # Cache
 # ------------------------------------------------------------------------------------------------
@@ -540,6 +623,21 @@ def test_the_fingerprint_does_not_depend_on_the_place_or_the_time(tmp_path, load
     assert load(tmp_path / "b").fingerprint == first.fingerprint
 
 
+def test_two_folders_of_the_same_name_keep_apart(tmp_path, load):
+    for i, place in enumerate("ab"):
+        for p in range(3):
+            path = save(tmp_path / place / f"set/s{p}_0.nii", pixels(10 * i + p))
+            os.utime(path, ns=(1, 1))
+    first, second = load(tmp_path / "a/set"), load(tmp_path / "b/set")
+    assert first.fingerprint != second.fingerprint
+    assert not np.array_equal(first["train"].images, second["train"].images)
+
+
+def test_a_cache_in_the_home_of_nobody(tmp_path, load):
+    with pytest.raises(UserError, match="another --cache_dir"):
+        load(hipmri(tmp_path / "hip"), cache_dir="~nosuch/x")
+
+
 def test_workers_and_memory_give_the_same_pixels(tmp_path, load):
     root = hipmri(tmp_path / "hip", weeks=8, slices=6)
     one, two, memory = load(root), load(root, workers=2, cache_dir=tmp_path / "two"), None
@@ -566,13 +664,15 @@ def test_two_starts_at_once(tmp_path):
     assert [p.name[:4] for p in (tmp_path / "cache").iterdir()] == ["hip-"]
 
 
-@pytest.mark.parametrize("harm", ["images.u16", "index.json", "short"])
+@pytest.mark.parametrize("harm", ["images.u16", "index.json", "short", "{}", "[]"])
 def test_a_broken_cache_entry_is_made_again(tmp_path, load, harm):
     root = hipmri(tmp_path / "hip")
     first = load(root)
     want, entry = np.array(first["train"].images), Path(first.report["cache"])
     if harm == "short":
         os.truncate(entry / "images.u16", 100)
+    elif harm in ("{}", "[]"):
+        (entry / "index.json").write_text(harm)
     else:
         (entry / harm).unlink()
     assert np.array_equal(load(root)["train"].images, want)
@@ -641,6 +741,13 @@ def with_one(value):
     return array
 
 
+def sized(*shape):
+    header = nibabel.Nifti1Header()
+    header["dim"][:3], header["vox_offset"], header["magic"] = (2, *shape), 352, b"n+1"
+    header["datatype"], header["bitpix"] = 4, 16
+    return gzip.compress(header.binaryblock + bytes(500))
+
+
 ZIPPED = gzip.compress(pixels(9, (60, 60)).tobytes())
 BAD = {  # what is written, and what is said about it
     "nothing": (b"", "empty, 0 bytes"),
@@ -655,6 +762,8 @@ BAD = {  # what is written, and what is said about it
     "infinity": (with_one(-np.inf), "contains NaN or infinity"),
     "complex": (pixels(9).astype(np.complex64), "holds complex64 values"),
     "promise": (promise(), "truncated: too short for 1024000000 pixels"),
+    "zero": (sized(0, 8), "no pixels, its header says 0 x 8"),
+    "negative": (sized(-3, 8), "no pixels, its header says -3 x 8"),
     "folder": (None, "a folder named like an image"),
 }
 
