@@ -348,7 +348,8 @@ def _plan(root, files, choices, meta):
     except re.error as error:
         raise UserError(f"--group_regex {choices['group_regex']}: {error}; mend it") from None
     places = {folder: _place(folder) for folder in {f[0] for f in files}}
-    study = {folder for folder in places if "keras_slices" in folder.lower()}
+    # not the study's own folder, whose name has the word too: a stray picture may lie there
+    study = {f for f, (given, *_) in places.items() if given and "keras_slices" in f.lower()}
     chosen = study or {f for f, (given, *_) in places.items() if given} or set(places)
     inner = [places[f][1] for f in chosen if not places[f][0]]
     wrap = len(os.path.commonprefix(inner)) if inner else 0  # folders around everything

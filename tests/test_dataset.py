@@ -117,6 +117,15 @@ def test_hipmri_2d(tmp_path, load, ending):
     json.dumps(data.report)
 
 
+def test_a_picture_beside_the_splits_does_not_cost_the_split(tmp_path, load):
+    root = hipmri(tmp_path / "HipMRI_study_keras_slices_data")
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(root / "preview.png")
+    data = load(tmp_path)
+    assert data.layout == "HipMRI 2D slices"
+    assert data.report["split_origin"] == "as given"
+    assert data.report["outside_split_folders"] == 1
+
+
 def test_intensity_is_that_of_the_volume_and_of_no_other_split(tmp_path, load):
     root = hipmri(tmp_path / "hip")
     images = by_path(load(root))
