@@ -452,7 +452,10 @@ class GatedPixelCNN(nn.Module):
         atlas, conditions = self._conditions(n, label, depth)
         # per layer, the vertical stack's last r + 1 input rows; zeros are the padding above row 0
         above = [torch.zeros(n, c, r + 1, columns + 2 * r, device=device) for _ in self.layers]
-        kernels = [la.horizontal.weight[:, :, 0].transpose(1, 2).flatten(1) for la in self.layers]
+        kernels = [la.horizontal.weight.permute(3, 1, 0, 2).flatten(0, 1) for la in self.layers]
+        kernels = [kernel[:, :, 0] for kernel in kernels]  # ((r + 1) C, 2C)
+        outs = [(la.h_out.weight.flatten(1), la.h_out.bias) for la in self.layers]
+        hidden, last = ((conv.weight.flatten(1), conv.bias) for conv in self.head[1::2])
         previous_row = torch.zeros(n, c, columns, device=device)
         for i in range(rows):
             v = previous_row + atlas[:, :, i]  # (n, C, w)
@@ -469,12 +472,11 @@ class GatedPixelCNN(nn.Module):
             code_left = torch.zeros(n, c, device=device)
             for j in range(columns):
                 h = code_left + atlas[:, :, i, j]  # (n, C)
-                for k, layer in enumerate(self.layers):
+                for k, out in enumerate(outs):
                     left[k][:, j + r] = h
-                    x = F.linear(left[k][:, j : j + r + 1].flatten(1), kernels[k])
-                    x = gate(x + from_above[k][j])
-                    h = h + F.linear(x, layer.h_out.weight[:, :, 0, 0], layer.h_out.bias)
-                yield i, j, self.head(h[:, :, None, None])[:, :, 0, 0]
+                    seen = left[k][:, j : j + r + 1].flatten(1)
+                    h = h + F.linear(gate(torch.addmm(from_above[k][j], seen, kernels[k])), *out)
+                yield i, j, F.linear(F.relu(F.linear(F.relu(h), *hidden)), *last)  # self.head
                 code_left = self.embedding(codes[:, i, j])
             previous_row = self.embedding(codes[:, i]).transpose(1, 2)
 
