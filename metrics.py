@@ -84,12 +84,17 @@ def usage(codes, n_embeddings):
     }
 
 
+def psnr(mse):
+    """Mean squared errors of images in [0, 1] -> dB, at most 100: a blank slice has no error."""
+    return -10 * mse.clamp(min=1e-10).log10()
+
+
 def slice_scores(x, y):
     """SSIM, PSNR (dB) and mean absolute error of y as a copy of x: (H, W) in [0, 1] each."""
-    mse = float(np.mean((x - y) ** 2, dtype=np.float64))
+    mse = torch.tensor(np.mean((x - y) ** 2, dtype=np.float64))
     return {
         "ssim": float(structural_similarity(x, y, data_range=1.0)),
-        "psnr": float(10 * np.log10(1 / max(mse, 1e-10))),  # at most 100 dB
+        "psnr": float(psnr(mse)),
         "mae": float(np.mean(np.abs(x - y), dtype=np.float64)),
     }
 

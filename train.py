@@ -160,7 +160,10 @@ def _settings(parts):
 def main():
     args = parser().parse_args()
     run_dir = Path(args.run_dir or f"runs/{args.preset or 'demo'}")
-    first = utils.load_config(run_dir, "vq_vae") if args.mode == "pixelcnn" else None
+    is_needed = not args.dry_run or (run_dir / "vq_vae" / "model.safetensors").exists()
+    first = None
+    if args.mode == "pixelcnn" and is_needed:
+        first = utils.load_config(run_dir, "vq_vae")
     args.preset = args.preset or (first["preset"] if first else "demo")
     settings = resolve(args)
     arguments = utils.data_arguments(args, dataset.load, first and first["data"]["arguments"])
@@ -206,7 +209,7 @@ def train_vq_vae(args, run_dir, settings, data, device):
     def score(model):
         with compute():
             parts = [
-                (utils.ssim(x, y), -10 * (x - y).square().mean((1, 2, 3)).log10(), codes)
+                (utils.ssim(x, y), metrics.psnr((x - y).square().mean((1, 2, 3))), codes)
                 for x, y, codes in metrics.reconstruct(model, validate, device)
             ]
         ssim, psnr, codes = (torch.cat(p) for p in zip(*parts, strict=True))

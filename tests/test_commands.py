@@ -123,6 +123,8 @@ def test_dry_run_prints_json_and_writes_nothing(tmp_path):
     assert settings["model"]["n_hiddens"] == 7
     assert settings["model"]["n_residual_hiddens"] == 32
     assert settings["train"]["n_updates"] == 5000
+    out, _ = call(f"train.py --mode pixelcnn --dry_run --run_dir {tmp_path / 'r'}")
+    assert json.loads(out)["train"]["n_updates"] > 0
     assert not (tmp_path / "r").exists()
 
 
