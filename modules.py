@@ -37,6 +37,7 @@ class VQVAEConfig:
     stem: str = "fold"  # "fold" 4 x 4 pixels into channels, or "strided" convolutions as in [1]
     codebook: str = "ema"  # "ema", moving averages as in [1] appendix A.1, or "loss", [1] eq. 3
     revive: bool = True  # place the codes by k-means at the start, and move those that die
+    diversity: float = 0.0  # weight of the term that asks for all codes to be used alike
 
     def __post_init__(self):
         if self.downsample not in (4, 8, 16):
@@ -127,6 +128,54 @@ class Decoder(nn.Sequential):
         super().__init__(*layers)
 
 
+class NearestCode(torch.autograd.Function):
+    """Nearest codebook vectors, with the three gradients of [1] section 3.
+
+    Works through the vectors in parts that stay in a processor's cache, and keeps nothing of size
+    N x K, nor of size N x D but z and the output: autograd's way takes some ten times the memory.
+
+    forward: z (N, D), codebook e (K, D) -> e of each z (N, D), codes (N,), and twice the mean of
+        |z - e|^2 over N and D: as the commitment term and as the codebook term.
+    backward: z gets the output's gradient as it is (straight through) and that of the commitment
+        term; the codebook gets that of the codebook term.
+    """
+
+    PART = 1024
+
+    @staticmethod
+    def forward(ctx, z, e):
+        codes = torch.empty(len(z), dtype=torch.int64, device=z.device)
+        z_q = torch.empty_like(z)
+        error = z.new_zeros(())
+        for part in torch.arange(len(z)).split(NearestCode.PART):
+            part = slice(part[0], part[-1] + 1)
+            codes[part] = distances(z[part], e).argmin(1)
+            z_q[part] = e[codes[part]]
+            error += (z[part] - z_q[part]).square().sum()
+        ctx.save_for_backward(z, z_q, codes)
+        ctx.mark_non_differentiable(codes)
+        ctx.n_embeddings = len(e)
+        return z_q, codes, error / z.numel(), error / z.numel()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_z_q, _, of_commitment, of_codebook):
+        z, z_q, codes = ctx.saved_tensors
+        to_z = torch.addcmul(of_z_q, z, of_commitment * (2 / z.numel()))
+        to_z.addcmul_(z_q, of_commitment * (-2 / z.numel()))
+        to_e = None
+        if ctx.needs_input_grad[1]:
+            to_e = z.new_zeros(ctx.n_embeddings, z.shape[1])
+            to_e.index_add_(0, codes, z_q).index_add_(0, codes, z, alpha=-1)
+            to_e *= of_codebook * (2 / z.numel())
+        return to_z, to_e
+
+
+def distances(z, e):
+    """(N, D), (K, D) -> (N, K): squared distances less |z|^2, which is the same for every code."""
+    return torch.addmm(e.pow(2).sum(1), z, e.t(), alpha=-2)
+
+
 class VectorQuantizer(nn.Module):
     """Nearest codebook vector with a straight-through gradient, [1] section 3.
 
@@ -142,12 +191,17 @@ class VectorQuantizer(nn.Module):
 
     DECAY = 0.95  # of the moving averages, per batch; slower ones lose track of a young encoder
     DEAD = 0.05  # a code chosen less often than this share of the mean is moved
+    SOME = 4096  # vectors of a batch that the diversity term looks at
+    SOFTNESS = 1 / 32  # of its soft assignment, in mean squared difference per dimension
 
-    def __init__(self, n_embeddings, embedding_dim, beta=0.25, codebook="ema", revive=True):
+    def __init__(
+        self, n_embeddings, embedding_dim, beta=0.25, codebook="ema", revive=True, diversity=0.0
+    ):
         super().__init__()
         self.n_embeddings = n_embeddings
         self.beta = beta
         self.revive = revive
+        self.diversity = diversity
         vectors = torch.empty(n_embeddings, embedding_dim).uniform_(-1, 1) / n_embeddings
         if codebook == "ema":
             self.register_buffer("codebook", vectors)
@@ -165,21 +219,21 @@ class VectorQuantizer(nn.Module):
         Returns:
             z_q: (B, D, h, w) codebook vectors; their gradient passes straight through to z.
             codes: (B, h, w) int64.
-            losses: dict of scalars: "commitment", beta |z - sg(e)|^2, and with `codebook="loss"`
-                also "codebook", |sg(z) - e|^2 ([1] eq. 3).
+            losses: dict of scalars: "commitment", beta |z - sg(e)|^2; with `codebook="loss"` also
+                "codebook", |sg(z) - e|^2 ([1] eq. 3); in training, with `diversity`, "diversity".
         """
         with torch.autocast(z.device.type, enabled=False):
             flat = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # (N, D)
             if self.training and not self.initialised:
                 self._start(flat.detach())
-            codes = self._nearest(flat.detach())
-            quantised = F.embedding(codes, self.codebook)
-            losses = {"commitment": self.beta * F.mse_loss(flat, quantised.detach())}
+            quantised, codes, commitment, codebook = NearestCode.apply(flat, self.codebook)
+            losses = {"commitment": self.beta * commitment}
             if self.learns_by_loss:
-                losses["codebook"] = F.mse_loss(quantised, flat.detach())
+                losses["codebook"] = codebook
+            if self.training and self.diversity:
+                losses["diversity"] = self.diversity * self._sameness(flat)
             if self.training:
-                self._update(flat.detach(), codes)
-            quantised = flat + (quantised - flat).detach()
+                self._update(flat.detach(), codes, torch.isfinite(commitment))
         b, d, h, w = z.shape
         z_q = quantised.view(b, h, w, d).permute(0, 3, 1, 2)
         return z_q, codes.view(b, h, w), losses
@@ -188,17 +242,22 @@ class VectorQuantizer(nn.Module):
         """(B, h, w) codes -> (B, D, h, w) codebook vectors."""
         return F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
 
-    def _nearest(self, flat):
-        # |z|^2 is the same for every code, so the nearest needs only |e|^2 - 2 z.e
-        e = self.codebook.detach()
-        return torch.addmm(e.pow(2).sum(1), flat, e.t(), alpha=-2).argmin(1)
+    def _sameness(self, flat):
+        """log K - entropy of the mean soft assignment of (some of) a batch: 0 if all codes are used
+        alike, log K if only one is. Where much of an image is background, one code would else take
+        a quarter of all places and tell nothing there about the edge nearby."""
+        some = flat[torch.randperm(len(flat), device=flat.device)[: self.SOME]]
+        codebook = self.codebook.detach().clone()  # it moves before the gradient is taken
+        far = distances(some, codebook) / (self.SOFTNESS * flat.shape[1])
+        p = (-far).softmax(1).mean(0)
+        return math.log(self.n_embeddings) + (p * (p + 1e-9).log()).sum()
 
     @torch.no_grad()
     def _start(self, flat, n_steps=10):
         """k-means on the first batch: random vectors of it, then a few Lloyd steps."""
         self.codebook.copy_(self._draw(flat, self.n_embeddings))
         for _ in range(n_steps):
-            n, total = self._totals(flat, self._nearest(flat))
+            n, total = self._totals(flat, NearestCode.apply(flat, self.codebook)[1])
             self.codebook.copy_(
                 torch.where(n[:, None] > 0, total / n.clamp(min=1)[:, None], self.codebook)
             )
@@ -206,8 +265,8 @@ class VectorQuantizer(nn.Module):
         self.initialised.fill_(True)
 
     @torch.no_grad()
-    def _update(self, flat, codes):
-        if not torch.isfinite(flat).all():
+    def _update(self, flat, codes, is_finite):
+        if not is_finite:
             return  # one bad batch must not end in the codebook for good
         n, total = self._totals(flat, codes)
         self.count.lerp_(n, 1 - self.DECAY)
@@ -217,8 +276,10 @@ class VectorQuantizer(nn.Module):
         if self.revive:
             mean = len(flat) / self.n_embeddings
             dead = self.count < self.DEAD * mean
-            self.codebook[dead] = self._draw(flat, int(dead.sum()))
-            self.count[dead] = mean
+            # for all codes, since to count the dead ones would stall a GPU
+            drawn = self._draw(flat, self.n_embeddings)
+            self.codebook.copy_(torch.where(dead[:, None], drawn, self.codebook))
+            self.count.masked_fill_(dead, mean)
 
     def _totals(self, flat, codes):
         n = torch.bincount(codes, minlength=self.n_embeddings).to(flat.dtype)
@@ -242,6 +303,7 @@ class VQVAE(nn.Module):
             config.beta,
             config.codebook,
             config.revive,
+            config.diversity,
         )
         self.decoder = Decoder(config)
 

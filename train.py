@@ -33,7 +33,8 @@ PRESETS = {
     "demo": {
         "vq_vae": dict(
             model=dict(n_hiddens=96, n_residual_hiddens=96, n_residual_layers=2, embedding_dim=32,
-                       n_embeddings=512, beta=0.25, downsample=8),
+                       n_embeddings=512, beta=0.25, downsample=8, codebook="ema",
+                       diversity=0.02),
             train=dict(n_updates=1400, batch_size=8, learning_rate=4e-3, log_interval=200,
                        loss="l1_ssim", decay_to=0.02, average=0.0),
         ),
@@ -46,7 +47,8 @@ PRESETS = {
     "base": {
         "vq_vae": dict(
             model=dict(n_hiddens=128, n_residual_hiddens=128, n_residual_layers=3,
-                       embedding_dim=32, n_embeddings=512, beta=0.25, downsample=8),
+                       embedding_dim=32, n_embeddings=512, beta=0.25, downsample=8,
+                       codebook="ema", diversity=0.02),
             train=dict(n_updates=20000, batch_size=32, learning_rate=4e-3, log_interval=500,
                        loss="l1_ssim", decay_to=0.02, average=0.0),
         ),
@@ -60,7 +62,7 @@ PRESETS = {
         "vq_vae": dict(
             model=dict(n_hiddens=128, n_residual_hiddens=32, n_residual_layers=2,
                        embedding_dim=64, n_embeddings=512, beta=0.25, downsample=4,
-                       stem="strided", codebook="loss", revive=False),
+                       codebook="loss", diversity=0.0, stem="strided", revive=False),
             train=dict(n_updates=5000, batch_size=32, learning_rate=3e-4, log_interval=50,
                        loss="mse", decay_to=1.0, average=0.0),
         ),
@@ -127,6 +129,9 @@ def parser():
     add(one, "embedding_dim", "D, length of a codebook vector", **count)
     add(one, "n_embeddings", "K, size of the codebook", **count)
     add(one, "beta", "weight of the commitment term", **real)
+    text = "what moves the codes: averages of the vectors they stand for, or the paper's loss term"
+    add(one, "codebook", text, choices=["ema", "loss"])
+    add(one, "diversity", "weight of the term that asks for all codes to be used alike", **real)
     add(one, "downsample", "f, pixels per code and axis", type=int, choices=[4, 8, 16])
     add(one, "loss", "|x - y| + 1 - SSIM, |x - y|, or its square", choices=["l1_ssim", "l1", "mse"])
     two = p.add_argument_group("stage 2, the gated PixelCNN")
@@ -134,7 +139,10 @@ def parser():
     add(two, "n_layers", "gated layers", **count)
     add(two, "kernel_size", "odd; codes from side to side", **count)
     add(two, "dropout", "share of activations hidden in training", **real)
-    utils.add_runtime_arguments(p)
+    runtime = utils.add_runtime_arguments(p)
+    runtime.add_argument(
+        "--compile", action="store_true", help="compile the network: a slow start, faster updates"
+    )
     return p
 
 
@@ -198,11 +206,12 @@ def train_vq_vae(args, run_dir, settings, data, device):
     model = VQVAE(model_config).to(device, memory_format=torch.channels_last)
     train, validate = data["train"], data["validate"]
     compute = functools.partial(utils.autocast, device, args.precision)
+    network = torch.compile(model) if args.compile else model
 
     def loss_of(indices):
         x = train.batch(indices).to(device, memory_format=torch.channels_last)
         with compute():
-            y, codes, losses = model(x)
+            y, _, losses = network(x)
         losses["reconstruction"] = reconstruction_loss(x, y.float(), settings["train"]["loss"])
         return losses
 
@@ -268,13 +277,14 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
     config["vq_vae"] = utils.file_hash(run_dir / "vq_vae" / "model.safetensors")
     torch.manual_seed(args.seed)
     model = GatedPixelCNN(model_config).to(device, memory_format=torch.channels_last)
+    network = torch.compile(model) if args.compile else model
 
     def loss_of(indices):
         batch, label, depth = (tensor[indices].to(device) for tensor in train)
         hidden = torch.rand((2, len(batch)), device=device) < HIDDEN
         label, depth = torch.where(hidden[0], -1, label), torch.where(hidden[1], -1, depth)
         with compute():
-            logits = model(batch, label, depth)
+            logits = network(batch, label, depth)
         return {"bits_per_code": metrics.bits(logits, batch).mean()}
 
     def score(model):

@@ -109,7 +109,7 @@ def _seed(text):
 
 
 def add_runtime_arguments(parser, precision=True):
-    """--device, and --precision where the command lets the user choose it."""
+    """--device, and --precision where the command lets the user choose it; returns the group."""
     group = parser.add_argument_group("runtime")
     group.add_argument(
         "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute"
@@ -121,6 +121,7 @@ def add_runtime_arguments(parser, precision=True):
             default="auto",
             help="arithmetic in training; auto is bf16 where the hardware has it",
         )
+    return group
 
 
 def pick_device(name):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from skimage.metrics import structural_similarity
 
 import metrics
 from modules import GatedPixelCNN, PixelCNNConfig
@@ -33,6 +34,29 @@ def test_psnr_and_mean_absolute_error():
     assert scores["psnr"] == pytest.approx(20, abs=1e-3)
     assert scores["mae"] == pytest.approx(0.1, abs=1e-6)
     assert metrics.slice_scores(x, x)["psnr"] == 100
+
+
+def test_body_mask_is_the_largest_region_with_its_holes():
+    x = np.zeros((40, 40), np.float32)
+    x[8:30, 10:28] = 0.5
+    x[15:20, 15:20] = 0  # a dark organ
+    x[36:39, 36:39] = 0.9  # something beside the body
+    mask = metrics.body_mask(x)
+    assert mask[8:30, 10:28].all()
+    assert mask.sum() <= 24 * 20  # the edge is smeared by a pixel
+    assert not metrics.body_mask(np.zeros_like(x)).any()
+
+
+def test_black_background_does_not_count_in_the_body():
+    rng = np.random.default_rng(0)
+    x = np.zeros((64, 64), np.float32)
+    x[16:48, 16:48] = 0.5 + 0.2 * rng.random((32, 32))
+    y = np.where(x > 0, x + 0.1 * rng.standard_normal(x.shape), 0).astype(np.float32)
+    scores = metrics.slice_scores(x, y)
+    _, every = structural_similarity(x, y, data_range=1.0, full=True)
+    assert scores["ssim_body"] == pytest.approx(every[metrics.body_mask(x)].mean())
+    assert scores["ssim_body"] < scores["ssim"] - 0.1
+    assert np.isnan(metrics.slice_scores(np.zeros_like(x), y)["ssim_body"])
 
 
 def test_interval_draws_patients_not_slices():

@@ -57,12 +57,42 @@ def test_codebook_loss_moves_codes_alone_and_without_beta():
     z = vectors().requires_grad_()
     _, codes, losses = quantizer(z)
     losses["codebook"].backward()
-    assert z.grad is None
+    assert not z.grad.any()
     flat = z.detach().permute(0, 2, 3, 1).reshape(-1, 4)
     expected = torch.zeros(8, 4)
     for vector, code in zip(flat, codes.flatten(), strict=True):
         expected[code] += 2 * (quantizer.codebook[code].detach() - vector) / z.numel()
     torch.testing.assert_close(quantizer.codebook.grad, expected)
+
+
+def test_more_vectors_than_one_part_give_the_codes_and_losses_of_the_whole():
+    quantizer = started_quantizer(k=32, beta=1.0, codebook="loss").eval()
+    z = vectors(n=3, h=41, w=27)  # 3321 vectors: three whole parts and one cut short
+    _, codes, losses = quantizer(z)
+    flat = z.permute(0, 2, 3, 1).reshape(-1, 4).double()
+    distances = torch.cdist(flat, quantizer.codebook.detach().double())
+    assert torch.equal(codes.flatten(), distances.argmin(1))
+    expected = distances.min(1).values.square().mean() / 4
+    for name in ("commitment", "codebook"):
+        assert losses[name].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_diversity_is_the_missing_entropy_of_the_soft_assignment():
+    quantizer = started_quantizer(diversity=0.5).train()
+    z = vectors().requires_grad_()
+    codebook = quantizer.codebook.double().clone()  # before the moving average
+    _, _, losses = quantizer(z)
+    flat = z.detach().permute(0, 2, 3, 1).reshape(-1, 4).double()
+    far = torch.cdist(flat, codebook).square() / 4 * 32
+    p = torch.softmax(-far, 1).mean(0)
+    expected = 0.5 * (math.log(8) + (p * p.log()).sum())
+    assert losses["diversity"].item() == pytest.approx(expected.item(), abs=1e-5)
+    losses["diversity"].backward()
+    step = z.detach() - 1e-3 * z.grad / z.grad.norm()
+    flat = step.permute(0, 2, 3, 1).reshape(-1, 4).double()
+    p = torch.softmax(-torch.cdist(flat, codebook).square() / 4 * 32, 1).mean(0)
+    slope = (0.5 * (math.log(8) + (p * p.log()).sum()) - expected) / 1e-3
+    assert slope.item() == pytest.approx(-z.grad.norm().item(), rel=0.02)
 
 
 def test_moving_averages_against_a_slow_loop_in_float64():

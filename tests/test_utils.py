@@ -1,12 +1,32 @@
 """SSIM against scikit-image; files that are written whole or not at all."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from scipy import ndimage
 from skimage.metrics import structural_similarity
 
 import phantom
 import utils
+
+SLICES = Path(os.environ.get("MRCODES_SLICES", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.mark.skipif(not SLICES.is_dir(), reason=f"no real slices in {SLICES}")
+def test_ssim_is_skimages_on_real_slices():
+    paths = sorted(SLICES.rglob("*.jpg"))[:: 1000]
+    assert paths
+    for path in paths:
+        with Image.open(path) as image:
+            x = np.asarray(image.convert("L"), np.float32) / 255
+        y = ndimage.gaussian_filter(x, 1.5)
+        expected = structural_similarity(x.astype(float), y.astype(float), data_range=1.0)
+        ours = utils.ssim(torch.from_numpy(x)[None, None], torch.from_numpy(y)[None, None])
+        assert ours.item() == pytest.approx(expected, abs=1e-5), path.name
 
 
 def pairs():

@@ -1,0 +1,137 @@
+"""What each choice of stage 1 is worth: one change at a time, each on the same budget.
+
+    python benchmarks/ablation.py --data DIR                # 3 minutes of one core per row
+    python benchmarks/ablation.py --data DIR --rows f=4 K=256
+
+A row is the preset `demo` with the flags named, or with a variant that was tried and is not part of
+the project: the rotation trick (Fifty et al. 2024, arXiv 2410.06424) and finite scalar quantisation
+(Mentzer et al. 2023, arXiv 2309.15505). Rows run side by side, each on a core of its own, with the
+budget counted in processor seconds. Writes benchmarks/results/ablation.json; rows already there are
+kept unless named.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import harness
+import torch
+import torch.nn.functional as F
+
+import modules
+
+ROWS = {
+    "demo": [],
+    "f=4": ["--downsample", "4"],
+    "f=16": ["--downsample", "16"],
+    "K=256": ["--n_embeddings", "256"],
+    "K=1024": ["--n_embeddings", "1024"],
+    "codebook by loss": ["--codebook", "loss"],
+    "no revival": [],
+    "no diversity term": ["--diversity", "0"],
+    "loss mse": ["--loss", "mse"],
+    "loss l1": ["--loss", "l1"],
+    "width 64": ["--n_hiddens", "64", "--n_residual_hiddens", "64"],
+    "width 128": ["--n_hiddens", "128", "--n_residual_hiddens", "128"],
+    "3 residual blocks": ["--n_residual_layers", "3"],
+    "strided stem": [],
+    "no unit RMS": [],
+    "batch 16": ["--batch_size", "16"],
+    "averaged weights": [],
+    "rotation trick": [],
+    "FSQ 8 x 8 x 8": ["--embedding_dim", "3"],
+}
+
+
+class RotationTrick(modules.VectorQuantizer):
+    """The gradient is rotated and scaled as z is onto its code, not passed straight through."""
+
+    def forward(self, z):
+        z_q, codes, losses = super().forward(z)
+        with torch.autocast(z.device.type, enabled=False):
+            z, e = z.float(), z_q.detach()
+            u, q = F.normalize(z, dim=1).detach(), F.normalize(e, dim=1)
+            r = F.normalize(u + q, dim=1)
+            scale = e.norm(dim=1, keepdim=True) / z.detach().norm(dim=1, keepdim=True)
+            along_r, along_u = ((z * v).sum(1, keepdim=True) for v in (r, u))
+            return scale * (z - 2 * along_r * r + 2 * along_u * q), codes, losses
+
+
+class FiniteScalar(torch.nn.Module):
+    """Three numbers rounded to 8 levels each: 512 codes without a codebook."""
+
+    def __init__(self, *_):
+        super().__init__()
+
+    def forward(self, z):
+        z = z.float()
+        bounded = torch.tanh(z + 0.144) * 3.504 - 0.5  # 8 levels, -4 to 3
+        whole = bounded.round()
+        levels = (whole.detach() + 4).long().clamp(0, 7)
+        codes = levels[:, 0] + 8 * levels[:, 1] + 64 * levels[:, 2]
+        return (bounded + (whole - bounded).detach()) / 4, codes, {}
+
+
+def apply(row):
+    """Change what the row's name says and no flag can."""
+    presets = harness.train.PRESETS["demo"]["vq_vae"]
+    if row == "no revival":
+        presets["model"]["revive"] = False
+    elif row == "strided stem":
+        presets["model"]["stem"] = "strided"
+    elif row == "no unit RMS":
+        modules.UnitRMS = torch.nn.Identity
+    elif row == "averaged weights":
+        presets["train"]["average"] = 0.99
+    elif row == "rotation trick":
+        modules.VectorQuantizer = RotationTrick
+    elif row == "FSQ 8 x 8 x 8":
+        modules.VectorQuantizer, modules.UnitRMS = FiniteScalar, torch.nn.Identity
+
+
+def run(path, row, seconds):
+    torch.set_num_threads(1)
+    apply(row)
+    data = harness.load(path)
+    with tempfile.TemporaryDirectory() as folder:
+        argv = ["--mode", "vq_vae", *ROWS[row]]
+        log = harness.train_for(seconds, data, Path(folder), argv, clock=time.process_time)
+        model = harness.utils.load_model(folder, "vq_vae")
+        return row, {
+            "updates": log[-1][1]["update"],
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "validate": log[-1][1]["validate"],
+            "test": harness.test_figures(data, Path(folder)),
+        }
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--data", default="phantom", help="folder of slices, as for train.py")
+    p.add_argument("--seconds", type=float, default=180.0, help="of one core, per row")
+    p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to run")
+    args = p.parse_args()
+    data = harness.load(args.data)
+    path = harness.RESULTS / "ablation.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else {}
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        runs = [pool.submit(run, args.data, row, args.seconds) for row in args.rows]
+        for done in runs:
+            row, figures = done.result()
+            rows[row] = figures
+            test = figures["test"]
+            print(
+                f"{row:18s} {figures['updates']:5d} updates, SSIM {test['ssim']:.4f}, body "
+                f"{test['ssim_body']:.4f}, PSNR {test['psnr']:.2f}, {test['used']} codes, "
+                f"perplexity {test['perplexity']:.0f}", flush=True,
+            )  # fmt: skip
+            harness.save("ablation", {"data": data.name, "seconds_of_one_core": args.seconds,
+                                      "rows": {name: rows[name] for name in ROWS if name in rows}})
+
+
+if __name__ == "__main__":
+    main()
