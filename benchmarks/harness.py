@@ -1,18 +1,17 @@
 """What the training benchmarks share: train one stage for so many seconds, note when it got where.
 
 A learning rate that falls to its end needs the number of updates beforehand, so a short first run
-measures the pace. Both runs are train.py's own, on the whole training split; validation is on 64
-slices of the validation split, so that its cost is small. Test figures are of the whole test split.
+measures the pace. Both runs are those of train.py, on the whole training split; validation is on 64
+slices of the validation split, so that it costs little. Test figures are of the whole test split.
 """
 
-import _thread
 import contextlib
 import functools
 import json
 import os
+import shutil
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -28,7 +27,6 @@ import utils  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 N_VALIDATE = 64
-PACE = 20  # seconds of the run that measures the pace
 
 
 @functools.cache
@@ -44,61 +42,72 @@ def load(path):
     return data
 
 
+class TimeIsUp(Exception):
+    pass
+
+
 def train_for(seconds, data, run_dir, argv, clock=time.perf_counter, scheduled=True):
     """Train a stage for a time, as `python train.py *argv` would.
 
     Args:
+        run_dir: new, but for what the stage starts from.
         clock: what the seconds are of; `time.process_time` where several trainings share the cores.
         scheduled: fit the learning rate's schedule into the time; else stop when time is up.
     Returns:
-        [(seconds since the start, entry of log.jsonl), ...].
+        [(seconds since the start, entry of log.jsonl), ...], about one entry every 15 seconds.
     """
-    argv = [*argv, "--log_interval", "20"]
-    n_updates = 10**6
-    if scheduled:
-        with tempfile.TemporaryDirectory() as scratch:
-            log = _run(PACE, data, Path(scratch), [*argv, "--n_updates", "1000000"], clock)
-        (t0, first), (t1, last) = log[0], log[-1]
-        n_updates = round(seconds * (last["update"] - first["update"]) / (t1 - t0))
-    limit = float("inf") if scheduled else seconds
-    return _run(limit, data, run_dir, [*argv, "--n_updates", str(n_updates), "--fresh"], clock)
+    if not scheduled:
+        flags = ["--n_updates", "1000000", "--log_interval", "5"]
+        return _run(seconds, data, run_dir, [*argv, *flags], clock)[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        for part in ("vq_vae", "codes"):
+            if (run_dir / part).exists():
+                shutil.copytree(run_dir / part, Path(scratch) / part)
+        flags = ["--n_updates", "40", "--log_interval", "10"]
+        stamps = np.diff(_run(float("inf"), data, Path(scratch), [*argv, *flags], clock)[1])
+    update = np.median(stamps)
+    validation = stamps[9::10].mean() - update
+    interval = max(10, round(15 / update))
+    n_updates = int((seconds - stamps[0]) / (update + validation / interval))
+    flags = ["--n_updates", str(n_updates), "--log_interval", str(interval)]
+    return _run(float("inf"), data, run_dir, [*argv, *flags], clock)[0]
 
 
 def _run(limit, data, run_dir, argv, clock):
+    """One training -> its log with times, and the time at the start of each update."""
     args = train.parser().parse_args([*argv, "--run_dir", str(run_dir)])
     args.preset = args.preset or "demo"
     args.data_arguments = {"data": data.report["root"]}
     settings = train.resolve(args)
     device = utils.pick_device(args.device)
     args.precision = utils.pick_precision(args.precision, device)
-    log, done, start = [], threading.Event(), clock()
+    stamps, start, original = [], clock(), train.learning_rate
 
-    def watch():
-        path = run_dir / args.mode / "log.jsonl"
-        while not done.wait(0.1):
-            lines = path.read_text().splitlines() if path.exists() else []
-            log.extend((clock() - start, json.loads(line)) for line in lines[len(log) :])
-            if clock() - start > limit and len(log) > 1:
-                _thread.interrupt_main()
-                return
+    def learning_rate(update, options):  # called once at the start of every update
+        stamps.append(clock() - start)
+        if stamps[-1] > limit:
+            raise TimeIsUp
+        return original(update, options)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    with (
-        contextlib.suppress(KeyboardInterrupt),
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stderr(nowhere),
-        contextlib.redirect_stdout(nowhere),
-    ):
-        if args.mode == "vq_vae":
-            train.train_vq_vae(args, run_dir, settings, data, device)
-        else:
-            first = utils.load_config(run_dir, "vq_vae")
-            train.train_pixelcnn(args, run_dir, settings, data, device, first)
-    time.sleep(0.3)
-    done.set()
-    watcher.join()
-    return log
+    train.learning_rate = learning_rate
+    try:
+        with (
+            contextlib.suppress(TimeIsUp),
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stderr(nowhere),
+            contextlib.redirect_stdout(nowhere),
+        ):
+            if args.mode == "vq_vae":
+                train.train_vq_vae(args, run_dir, settings, data, device)
+            else:
+                first = utils.load_config(run_dir, "vq_vae")
+                train.train_pixelcnn(args, run_dir, settings, data, device, first)
+    finally:
+        train.learning_rate = original
+    stamps.append(clock() - start)
+    lines = (run_dir / args.mode / "log.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    return [(stamps[entry["update"]], entry) for entry in entries], stamps
 
 
 def test_figures(data, run_dir):

@@ -1,0 +1,200 @@
+"""Stage 2 against the gated PixelCNN of 2016 as commonly ported, on the same codes.
+
+    python benchmarks/prior.py --data DIR --run_dir RUN              # 10 minutes each
+    python benchmarks/prior.py --data DIR --run_dir RUN --ablation   # 4 minutes of one core per row
+
+RUN holds a trained stage 1 for DIR. The first trains both priors one after the other for the same
+wall time, validating as they go, and scores the best weights of each on the test split. The second
+changes one choice of ours at a time, with the budget in processor seconds, a row per core. Writes
+benchmarks/results/prior.json, or prior_ablation.json.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import harness
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modules import gate
+
+ROWS = {
+    "demo": [],
+    "no depth, no atlas": [],
+    "no label": [],
+    "no averaged weights": [],
+    "no dropout": ["--dropout", "0"],
+    "kernel 3": ["--kernel_size", "3"],
+    "kernel 7": ["--kernel_size", "7"],
+    "7 layers": ["--n_layers", "7"],
+    "14 layers": ["--n_layers", "14"],
+    "48 channels": ["--n_channels", "48"],
+    "96 channels": ["--n_channels", "96"],
+    "batch 16": ["--batch_size", "16"],
+}
+
+
+class ClassicLayer(nn.Module):
+    """A gated layer as commonly ported: kernels cut to what they may see, residual on one stack."""
+
+    def __init__(self, c, k, is_first, n_classes):
+        super().__init__()
+        self.k, self.is_first = k, is_first
+        self.label = nn.Embedding(n_classes + 1, 2 * c)
+        self.vertical = nn.Conv2d(c, 2 * c, (k // 2 + (not is_first), k))
+        self.horizontal = nn.Conv2d(c, 2 * c, (1, k // 2 + (not is_first)))
+        self.down = nn.Conv2d(2 * c, 2 * c, 1)
+        self.out = nn.Conv2d(c, c, 1)
+
+    def forward(self, v, h, label):
+        r, rows, columns = self.k // 2, v.shape[2], v.shape[3]
+        label = self.label(label)[:, :, None, None]
+        # the first layer must not see its own row (vertical) or its own code (horizontal)
+        above = self.vertical(F.pad(v, (r, r, r, 0)))[:, :, :rows]
+        left = self.horizontal(F.pad(h, (r, 0, 0, 0)))[:, :, :, :columns]
+        out = self.out(gate(left + self.down(above) + label))
+        return gate(above + label), out if self.is_first else out + h
+
+
+class ClassicPrior(nn.Module):
+    """15 layers of 64 channels, 7 x 7 then 3 x 3; classes, but no place in the volume."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, self.config = 64, config
+        self.embedding = nn.Embedding(config.n_embeddings, c)
+        self.layers = nn.ModuleList(
+            ClassicLayer(c, 3 if i else 7, not i, config.n_classes) for i in range(15)
+        )
+        self.head = nn.Sequential(
+            nn.Conv2d(c, 512, 1), nn.ReLU(), nn.Conv2d(512, config.n_embeddings, 1)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, codes, label=None, depth=None):
+        if label is None:
+            label = torch.full((len(codes),), -1, device=codes.device)
+        label = label % self.layers[0].label.num_embeddings  # -1, any, is the last
+        v = h = self.embedding(codes).permute(0, 3, 1, 2)
+        for layer in self.layers:
+            v, h = layer(v, h, label)
+        return self.head(h)
+
+
+def apply(row):
+    """Change what the row's name says and no flag can."""
+    train, original = harness.train, harness.train.GatedPixelCNN.forward
+    if row == "no averaged weights":
+        train.PRESETS["demo"]["pixelcnn"]["train"]["average"] = 0.0
+    elif row == "no label":
+        train.GatedPixelCNN.forward = lambda self, codes, label, depth: original(
+            self, codes, None, depth
+        )
+    elif row == "no depth, no atlas":
+        train.GatedPixelCNN.forward = lambda self, codes, label, depth: original(
+            self, codes, label, None
+        )
+
+
+def bits(data, run_dir, kind=harness.train.GatedPixelCNN):
+    """Bits per code over the test split, of the best weights of a trained stage 2."""
+    harness.utils.STAGES["pixelcnn"] = (harness.train.PixelCNNConfig, kind)
+    model = harness.utils.load_model(run_dir, "pixelcnn")
+    device = torch.device("cpu")
+    codes = torch.from_numpy(harness.train.encode_splits(run_dir, data, device)["test"])
+    split = data["test"]
+    given = torch.from_numpy(split.labels), torch.from_numpy(split.positions)
+    per_slice = harness.metrics.bits_per_code(model, codes, *given, device)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"bits_per_code": float(per_slice.mean()), "parameters": parameters}
+
+
+def prepare(data, run_dir, folder):
+    """A run in `folder` that starts from the stage 1 of `run_dir`, with the codes of `data`."""
+    shutil.copytree(Path(run_dir) / "vq_vae", folder / "vq_vae")
+    harness.train.encode_splits(folder, data, harness.utils.pick_device("auto"))
+    return folder
+
+
+def race(data, base, minutes):
+    rows = {}
+    for name, preset, kind in (
+        ("classic", "classic", ClassicPrior),
+        ("ours", "demo", harness.train.GatedPixelCNN),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            run_dir = Path(folder) / "run"
+            shutil.copytree(base, run_dir)
+            argv = ["--mode", "pixelcnn", "--preset", preset]
+            original, harness.train.GatedPixelCNN = harness.train.GatedPixelCNN, kind
+            log = harness.train_for(60 * minutes, data, run_dir, argv, scheduled=preset == "demo")
+            harness.train.GatedPixelCNN = original
+            rows[name] = {
+                "seconds": round(log[-1][0], 1),
+                "updates": log[-1][1]["update"],
+                "test": bits(data, run_dir, kind),
+                "curve": [
+                    (round(t, 1), e["update"], round(e["train"]["bits_per_code"], 4),
+                     round(e["validate"]["bits_per_code"], 4)) for t, e in log
+                ],
+            }  # fmt: skip
+        print(f"{name:8s} {rows[name] | {'curve': None}}", flush=True)
+    classic, ours = (rows[name]["test"]["bits_per_code"] for name in ("classic", "ours"))
+    print(f"{100 * (1 - ours / classic):.1f} % fewer bits per code")
+    result = {"data": data.name, "minutes": minutes, "rows": rows, "fewer": 1 - ours / classic}
+    harness.save("prior", result)
+
+
+def run_row(path, base, row, seconds):
+    torch.set_num_threads(1)
+    apply(row)
+    data = harness.load(path)
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        shutil.copytree(base, run_dir)
+        argv = ["--mode", "pixelcnn", *ROWS[row]]
+        log = harness.train_for(seconds, data, run_dir, argv, clock=time.process_time)
+        return row, {"updates": log[-1][1]["update"], **bits(data, run_dir)}
+
+
+def ablation(data, path, base, seconds, names):
+    file = harness.RESULTS / "prior_ablation.json"
+    rows = json.loads(file.read_text())["rows"] if file.exists() else {}
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        for done in [pool.submit(run_row, path, base, name, seconds) for name in names]:
+            row, rows[row] = done.result()
+            print(f"{row:22s} {rows[row]}", flush=True)
+            harness.save("prior_ablation", {"data": data.name, "seconds_of_one_core": seconds,
+                                            "rows": {n: rows[n] for n in ROWS if n in rows}})
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--data", default="phantom", help="folder of slices, as for train.py")
+    p.add_argument("--run_dir", required=True, help="run whose stage 1 makes the codes")
+    p.add_argument("--minutes", type=float, default=10.0, help="of training, each")
+    p.add_argument("--ablation", action="store_true", help="one choice of ours at a time")
+    p.add_argument("--seconds", type=float, default=240.0, help="of one core, per row")
+    p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to run")
+    args = p.parse_args()
+    data = harness.load(args.data)
+    with tempfile.TemporaryDirectory() as folder:
+        base = prepare(data, args.run_dir, Path(folder))
+        if args.ablation:
+            ablation(data, args.data, base, args.seconds, args.rows)
+        else:
+            race(data, base, args.minutes)
+
+
+if __name__ == "__main__":
+    main()
