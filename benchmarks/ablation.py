@@ -1,13 +1,13 @@
 """What each choice of stage 1 is worth: one change at a time, each on the same budget.
 
-    python benchmarks/ablation.py --data DIR                # 3 minutes of one core per row
-    python benchmarks/ablation.py --data DIR --rows f=4 K=256
+    python benchmarks/ablation.py --data DIR                # 2 minutes of one core per row
+    python benchmarks/ablation.py --data DIR --rows demo f=4 --seconds 1200 --out long
 
 A row is the preset `demo` with the flags named, or with a variant that was tried and is not part of
 the project: the rotation trick (Fifty et al. 2024, arXiv 2410.06424) and finite scalar quantisation
 (Mentzer et al. 2023, arXiv 2309.15505). Rows run side by side, each on a core of its own, with the
-budget counted in processor seconds. Writes benchmarks/results/ablation.json; rows already there are
-kept unless named.
+budget counted in processor seconds. Writes benchmarks/results/OUT.json; rows already there are kept
+unless named.
 """
 
 import argparse
@@ -112,11 +112,12 @@ def run(path, row, seconds):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--data", default="phantom", help="folder of slices, as for train.py")
-    p.add_argument("--seconds", type=float, default=180.0, help="of one core, per row")
+    p.add_argument("--seconds", type=float, default=120.0, help="of one core, per row")
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to run")
+    p.add_argument("--out", default="ablation", help="name of the file of results")
     args = p.parse_args()
     data = harness.load(args.data)
-    path = harness.RESULTS / "ablation.json"
+    path = harness.RESULTS / f"{args.out}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else {}
     with ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         runs = [pool.submit(run, args.data, row, args.seconds) for row in args.rows]
@@ -129,7 +130,7 @@ def main():
                 f"{test['ssim_body']:.4f}, PSNR {test['psnr']:.2f}, {test['used']} codes, "
                 f"perplexity {test['perplexity']:.0f}", flush=True,
             )  # fmt: skip
-            harness.save("ablation", {"data": data.name, "seconds_of_one_core": args.seconds,
+            harness.save(args.out, {"data": data.name, "seconds_of_one_core": args.seconds,
                                       "rows": {name: rows[name] for name in ROWS if name in rows}})
 
 

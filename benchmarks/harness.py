@@ -124,5 +124,4 @@ def test_figures(data, run_dir):
 
 
 def save(name, result):
-    result = {**result, "threads": torch.get_num_threads(), "versions": utils.versions()}
-    utils.write_json(RESULTS / f"{name}.json", result)
+    utils.write_json(RESULTS / f"{name}.json", {**result, "versions": utils.versions()})

@@ -1,12 +1,12 @@
 """Stage 2 against the gated PixelCNN of 2016 as commonly ported, on the same codes.
 
-    python benchmarks/prior.py --data DIR --run_dir RUN              # 10 minutes each
+    python benchmarks/prior.py --data DIR --run_dir RUN              # 10 minutes, a core for each
     python benchmarks/prior.py --data DIR --run_dir RUN --ablation   # 4 minutes of one core per row
 
-RUN holds a trained stage 1 for DIR. The first trains both priors one after the other for the same
-wall time, validating as they go, and scores the best weights of each on the test split. The second
-changes one choice of ours at a time, with the budget in processor seconds, a row per core. Writes
-benchmarks/results/prior.json, or prior_ablation.json.
+RUN holds a trained stage 1 for DIR. The first trains both priors side by side, one core each, for
+the same wall time, and scores the best weights of each on the test split; it needs two idle cores.
+The second changes one choice of ours at a time, with the budget in processor seconds, a row per core.
+Writes benchmarks/results/prior.json, or prior_ablation.json.
 """
 
 import argparse
@@ -126,32 +126,36 @@ def prepare(data, run_dir, folder):
     return folder
 
 
-def race(data, base, minutes):
-    rows = {}
-    for name, preset, kind in (
-        ("classic", "classic", ClassicPrior),
-        ("ours", "demo", harness.train.GatedPixelCNN),
-    ):
-        with tempfile.TemporaryDirectory() as folder:
-            run_dir = Path(folder) / "run"
-            shutil.copytree(base, run_dir)
-            argv = ["--mode", "pixelcnn", "--preset", preset]
-            original, harness.train.GatedPixelCNN = harness.train.GatedPixelCNN, kind
-            log = harness.train_for(60 * minutes, data, run_dir, argv, scheduled=preset == "demo")
-            harness.train.GatedPixelCNN = original
-            rows[name] = {
-                "seconds": round(log[-1][0], 1),
-                "updates": log[-1][1]["update"],
-                "test": bits(data, run_dir, kind),
-                "curve": [
-                    (round(t, 1), e["update"], round(e["train"]["bits_per_code"], 4),
-                     round(e["validate"]["bits_per_code"], 4)) for t, e in log
-                ],
-            }  # fmt: skip
-        print(f"{name:8s} {rows[name] | {'curve': None}}", flush=True)
+def run(path, base, name, minutes):
+    torch.set_num_threads(1)
+    data, train = harness.load(path), harness.train
+    preset, kind = {
+        "classic": ("classic", ClassicPrior), "ours": ("demo", train.GatedPixelCNN)
+    }[name]  # fmt: skip
+    train.GatedPixelCNN = kind
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        shutil.copytree(base, run_dir)
+        argv = ["--mode", "pixelcnn", "--preset", preset]
+        log = harness.train_for(60 * minutes, data, run_dir, argv, scheduled=name == "ours")
+        curve = [
+            (round(t, 1), e["update"], *(e[k]["bits_per_code"] for k in ("train", "validate")))
+            for t, e in log
+        ]
+        row = {"seconds": curve[-1][0], "updates": curve[-1][1]}
+        return row | {"test": bits(data, run_dir, kind), "curve": curve}
+
+
+def race(data, path, base, minutes):
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        runs = {name: pool.submit(run, path, base, name, minutes) for name in ("classic", "ours")}
+    rows = {name: future.result() for name, future in runs.items()}
+    for name, row in rows.items():
+        print(f"{name:8s} {row | {'curve': None}}")
     classic, ours = (rows[name]["test"]["bits_per_code"] for name in ("classic", "ours"))
     print(f"{100 * (1 - ours / classic):.1f} % fewer bits per code")
-    result = {"data": data.name, "minutes": minutes, "rows": rows, "fewer": 1 - ours / classic}
+    result = {"data": data.name, "minutes": minutes, "threads": 1, "rows": rows}
+    result["fewer_bits"] = 1 - ours / classic
     harness.save("prior", result)
 
 
@@ -193,7 +197,7 @@ def main():
         if args.ablation:
             ablation(data, args.data, base, args.seconds, args.rows)
         else:
-            race(data, base, args.minutes)
+            race(data, args.data, base, args.minutes)
 
 
 if __name__ == "__main__":
