@@ -4,12 +4,19 @@ The reported SSIM is scikit-image's own; `utils.ssim` is the same number, for th
 validation on the device.
 """
 
+import functools
+import gzip
+import lzma
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from skimage.metrics import structural_similarity
 from tqdm import tqdm
+
+import utils
 
 BATCH = 32  # slices evaluated at a time; no figure depends on it
 
@@ -50,14 +57,41 @@ def encode(model, split, device, desc=None):
     return torch.cat(parts).numpy()
 
 
+def split_codes(run_dir, data, name, device, keep=True):
+    """Codes (N, h, w) int64 of a split under the VQ-VAE of a run, as numpy.
+
+    Read from RUN/codes where this VQ-VAE and these data made what is there; else made, and kept
+    there if `keep`.
+    """
+    made_by = utils.file_hash(run_dir / "vq_vae" / "model.safetensors") + data.fingerprint
+    path = run_dir / "codes" / f"{name}.npz"
+    if path.exists():
+        with np.load(path) as stored:
+            if str(stored["made_by"]) == made_by:
+                return stored["codes"].astype(np.int64)
+    model = utils.load_model(run_dir, "vq_vae", device)
+    codes = encode(model, data[name], device, f"encoding {name}")
+    if keep:
+        small = codes.astype(np.min_scalar_type(model.config.n_embeddings - 1))
+        arrays = {"codes": small, "labels": data[name].labels, "made_by": made_by}
+        arrays["positions"] = data[name].positions
+        utils.write_atomically(path, functools.partial(_save_npz, arrays=arrays))
+    return codes
+
+
+def _save_npz(path, arrays):
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
 def bits(logits, codes):
     """-log2 p(code): logits (B, K, h, w), codes (B, h, w) -> (B, h, w)."""
     return F.cross_entropy(logits.float(), codes, reduction="none") / np.log(2)
 
 
 @torch.inference_mode()
-def bits_per_code(model, codes, labels, depths, device, desc=None):
-    """Mean bits per code of each slice under the prior.
+def code_bits(model, codes, labels, depths, device, desc=None):
+    """Bits of every code under the prior; their sum over a grid is exactly -log2 p(grid).
 
     Args:
         model: `modules.GatedPixelCNN` in eval mode.
@@ -65,13 +99,42 @@ def bits_per_code(model, codes, labels, depths, device, desc=None):
         labels: (N,) int64 tensor, -1 for any.
         depths: (N,) float tensor in [0, 1], -1 for any.
     Returns:
-        (N,) numpy float32.
+        (N, h, w) numpy float32.
     """
     parts = []
     for part in _batches(len(codes), desc):
         batch, label, depth = (x[part].to(device) for x in (codes, labels, depths))
-        parts.append(bits(model(batch, label, depth), batch).mean((1, 2)).cpu())
+        parts.append(bits(model(batch, label, depth), batch).cpu())
     return torch.cat(parts).numpy()
+
+
+def known_code_bits(train, codes, n_embeddings):
+    """Mean bits per code by means that need no network: what a prior has to beat.
+
+    Args:
+        train, codes: (N, h, w) integers, to count in and to describe.
+    Returns:
+        dict: "uniform", log2 K; "unigram", how often each code is used in train; "position", the
+        same at each place of the grid, mixed with the unigram in the proportion that serves it
+        best; "gzip" and "xz", the packed file of all of `codes`.
+    """
+    k = n_embeddings
+    unigram = np.bincount(train.ravel(), minlength=k) + 0.5
+    unigram /= unigram.sum()
+    places = np.arange(train[0].size).reshape(train[0].shape)
+    counts = np.bincount((places * k + train).ravel(), minlength=places.size * k)
+    seen, p = counts[places * k + codes], unigram[codes]
+    mixed = [(seen + w * p) / (len(train) + w) for w in 2.0 ** np.arange(12)]
+    small = codes.astype("<u2")
+    raw = (small & 255).astype(np.uint8).tobytes() + (small >> 8).astype(np.uint8).tobytes()
+    strongest = 9 | lzma.PRESET_EXTREME
+    packed = {"gzip": gzip.compress(raw, 9), "xz": lzma.compress(raw, preset=strongest)}
+    return {
+        "uniform": math.log2(k),
+        "unigram": float(-np.log2(p).mean()),
+        "position": float(min(-np.log2(m).mean() for m in mixed)),
+        **{name: 8 * len(data) / codes.size for name, data in packed.items()},
+    }
 
 
 def usage(codes, n_embeddings):

@@ -527,17 +527,19 @@ class GatedPixelCNN(nn.Module):
                 window[:, :, -1, r : r + columns] = v
                 x = layer.vertical(window)  # (n, 2C, 1, w)
                 bias = layer.horizontal.bias[:, None, None]
-                from_above.append((layer.down(x) + condition + bias)[:, :, 0].permute(2, 0, 1))
+                down = (layer.down(x) + condition + bias)[:, :, 0]
+                from_above.append(down.permute(2, 0, 1).contiguous().unbind())
                 v = v + layer.v_out(gate(x + condition))[:, :, 0]
             # per layer, the horizontal stack's inputs of this row, r zeros of padding before them
-            left = [torch.zeros(n, columns + r, c, device=device) for _ in self.layers]
+            left = [torch.zeros(n, (columns + r) * c, device=device) for _ in self.layers]
             code_left = torch.zeros(n, c, device=device)
             for j in range(columns):
                 h = code_left + atlas[:, :, i, j]  # (n, C)
+                start, here, end = j * c, (j + r) * c, (j + r + 1) * c
                 for k, out in enumerate(outs):
-                    left[k][:, j + r] = h
-                    seen = left[k][:, j : j + r + 1].flatten(1)
-                    h = h + F.linear(gate(torch.addmm(from_above[k][j], seen, kernels[k])), *out)
+                    left[k][:, here:end] = h
+                    x = torch.addmm(from_above[k][j], left[k][:, start:end], kernels[k])
+                    h = h + F.linear(gate(x), *out)
                 yield i, j, F.linear(F.relu(F.linear(F.relu(h), *hidden)), *last)  # self.head
                 code_left = self.embedding(codes[:, i, j])
             previous_row = self.embedding(codes[:, i]).transpose(1, 2)

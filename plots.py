@@ -125,6 +125,45 @@ def samples(images, path, config, note):
     _save(figure, path)
 
 
+def surprise(x, bits, path, config):
+    """Slices (N, H, W) above what the prior did not expect of them, bits (N, h, w) per code."""
+    figure, axes = _panels(2, len(x), x.shape[1:])
+    h, w = x.shape[1:]
+    for i in range(len(x)):
+        axes[0, i].imshow(x[i], cmap="gray", vmin=0, vmax=1)
+        axes[1, i].imshow(x[i], cmap="gray", vmin=0, vmax=1)
+        shown = axes[1, i].imshow(
+            bits[i], cmap="magma", vmin=0, vmax=np.percentile(bits, 99.5), alpha=0.8,
+            extent=(-0.5, w - 0.5, h - 0.5, -0.5), interpolation="bilinear",
+        )  # fmt: skip
+        axes[1, i].set_title(f"{bits[i].mean():.2f} bits", fontsize=9)
+    axes[0, 0].set_ylabel("slice")
+    axes[1, 0].set_ylabel("surprise")
+    figure.colorbar(shown, ax=axes[1], label="bits per code", fraction=0.05, aspect=12)
+    figure.suptitle(_title(config, "what the prior did not expect, -log2 p of each code"))
+    _save(figure, path)
+
+
+def completions(whole, hidden, drawn, path, config, note):
+    """Slices of which a part was hidden and drawn anew, beside what was there.
+
+    whole: (N, H, W) reconstructions; hidden: (N, H, W) bool; drawn: (N, M, H, W).
+    """
+    n, m = drawn.shape[:2]
+    figure, axes = _panels(n, m + 2, whole.shape[1:], width=1.3)
+    for i in range(n):
+        axes[i, 0].imshow(whole[i], cmap="gray", vmin=0, vmax=1)
+        axes[i, 1].imshow(np.where(hidden[i], 0.5, whole[i]), cmap="gray", vmin=0, vmax=1)
+        for axis, image in zip(axes[i, 2:], drawn[i], strict=True):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+            axis.contour(hidden[i], levels=[0.5], colors="C1", linewidths=0.6)
+    for axis, text in zip(axes[0], ["reconstruction", "given"], strict=False):
+        axis.set_title(text, fontsize=9)
+    axes[0, 2].set_title("drawn inside the line", fontsize=9, loc="left")
+    figure.suptitle(_title(config, f"completions ({note})"))
+    _save(figure, path)
+
+
 def data_set(data, out):
     """contact_sheet.png, slices of every split of a `dataset.SliceData`, and histogram.png."""
     columns, (h, w) = 8, data.size

@@ -104,12 +104,18 @@ def main():
         "versions": utils.versions(),
     }
     split = data[args.split]
-    codes = score_reconstructions(vq_vae, split, args.split, config, device, out, result)
+    rows, codes = score_reconstructions(vq_vae, split, args.split, config, device, out, result)
     if prior is not None:
+        train_codes = metrics.split_codes(run_dir, data, "train", device, keep=False)
         labels = known_labels(split, config["data"]["classes"])
-        score_prior(prior, codes, labels, split.positions, device, result)
+        every = score_prior(prior, codes, train_codes, labels, split.positions, device, result)
+        for row, bits in zip(rows, every, strict=True):
+            row["bits_per_code"] = float(bits.mean(dtype=np.float64))
+        write_surprise(every, split, data, config, out)
+    write_rows(out / "per_slice.csv", split, rows)
     if prior is not None and args.n_samples:
         draw_samples(args, vq_vae, prior, label, data, config, device, out, result)
+        complete(args, vq_vae, prior, codes, labels, split, config, device, out)
     utils.write_json(out / "metrics.json", result)
     summarise(result, out, data)
 
@@ -153,7 +159,7 @@ def pick_label(name, classes):
 
 
 def score_reconstructions(vq_vae, split, split_name, config, device, out, result):
-    """Reconstruct `split`, write its figures, and return its codes (N, h, w) int64."""
+    """Reconstruct `split`, draw its figures; returns a row per slice and the codes (N, h, w)."""
     rows, codes = [], []
     shown = plots.picks(len(split), N_SHOWN)
     kept = []
@@ -165,7 +171,6 @@ def score_reconstructions(vq_vae, split, split_name, config, device, out, result
                 kept.append((a, b, c[i].numpy(), rows[-1]["ssim"]))
         codes.append(c)
     codes = torch.cat(codes)
-    write_rows(out / "per_slice.csv", split, rows)
     x, x_hat, maps, ssim = (np.stack(k) for k in zip(*kept, strict=True))
     plots.reconstructions(x, x_hat, ssim, out / "reconstructions.png", config, split_name)
     codebook = vq_vae.quantizer.codebook.detach().cpu().numpy()
@@ -189,7 +194,7 @@ def score_reconstructions(vq_vae, split, split_name, config, device, out, result
         },
     }
     result["codebook"] = metrics.usage(codes, vq_vae.config.n_embeddings)
-    return codes
+    return rows, codes
 
 
 def mean_known(values):
@@ -215,20 +220,86 @@ def known_labels(split, classes):
     return np.array([classes.index(s.label) if s.label in classes else -1 for s in split.slices])
 
 
-def score_prior(prior, codes, labels, positions, device, result):
-    labels, depths = torch.from_numpy(labels), torch.from_numpy(positions)
-    per_slice = metrics.bits_per_code(prior, codes, labels, depths, device, "likelihood of codes")
-    n = codes[0].numel()
-    mean = float(per_slice.mean(dtype=np.float64))
-    result["prior"] = {"bits_per_code": mean, "bits_per_slice": mean * n, "codes_per_slice": n}
+def score_prior(prior, codes, train_codes, labels, positions, device, result):
+    """Bits of every code (N, h, w) under the prior; their mean beside what needs no network."""
+    given = torch.from_numpy(labels), torch.from_numpy(positions)
+    every = metrics.code_bits(prior, codes, *given, device, "likelihood of codes")
+    mean, n = float(every.mean(dtype=np.float64)), codes[0].numel()
+    result["prior"] = {
+        "bits_per_code": mean,
+        "bits_per_slice": mean * n,
+        "codes_per_slice": n,
+        "bits_per_code_without_network": metrics.known_code_bits(
+            train_codes, codes.numpy(), prior.config.n_embeddings
+        ),
+    }
+    return every
+
+
+def write_surprise(every, split, data, config, out):
+    """Maps of bits per code: a figure of some slices, and one NIfTI per slice, on its pixels."""
+    shown = plots.picks(len(split), N_SHOWN)
+    plots.surprise(split.images[shown] / 65535, every[shown], out / "surprise.png", config)
+    folder = empty_folder(out / "surprise", "*.nii.gz")
+    f = config["model"]["downsample"]
+    for i, (bits, item) in enumerate(zip(every, split.slices, strict=True)):
+        name = f"{i:05d}_{Path(item.path).name.split('.')[0]}.nii.gz"
+        nifti = nib.Nifti1Image(bits.repeat(f, 0).repeat(f, 1)[:, :, None], data.affine)
+        nifti.header["descrip"] = b"bits per code under the prior"
+        nib.save(nifti, folder / name)
+
+
+def empty_folder(folder, old):
+    """A folder without the files that an earlier call left."""
+    utils.make_folder(folder)
+    for path in folder.glob(old):
+        path.unlink()
+    return folder
+
+
+def complete(args, vq_vae, prior, codes, labels, split, config, device, out, n_draws=4):
+    """Draw what is hidden of a few slices, from what is left, and show it."""
+    h, w = prior.config.size
+    lower, middle = torch.zeros(2, h, w, dtype=torch.bool)
+    lower[h // 2 :] = True
+    middle[h // 4 : h - h // 4, w // 4 : w - w // 4] = True
+    rows = [(i, hidden) for hidden in (lower, middle) for i in plots.picks(len(split), 2)]
+    given = torch.stack([codes[i].masked_fill(hidden, -1) for i, hidden in rows])
+    which = np.repeat([i for i, _ in rows], n_draws)
+    n = len(which)
+    generators = [torch.Generator().manual_seed(args.seed * 2**32 + i) for i in range(n)]
+    drawn = prior.sample(
+        n,
+        label=torch.from_numpy(labels[which]),
+        temperature=args.temperature,
+        top_k=args.top_k,
+        given=given.repeat_interleave(n_draws, 0),
+        generator=generators,
+        depth=split.positions[which],
+    )
+    with torch.inference_mode():
+        whole = vq_vae.decode(codes[[i for i, _ in rows]].to(device))
+        images = torch.cat([whole, vq_vae.decode(drawn)]).clamp(0, 1)[:, 0].cpu().numpy()
+    f = config["model"]["downsample"]
+    hidden = torch.stack([hidden for _, hidden in rows]).numpy().repeat(f, 1).repeat(f, 2)
+    plots.completions(
+        images[: len(rows)],
+        hidden,
+        images[len(rows) :].reshape(len(rows), n_draws, *images.shape[1:]),
+        out / "completions.png",
+        config,
+        sampling_note(args),
+    )
+
+
+def sampling_note(args):
+    note = f"temperature {args.temperature:g}"
+    return note + (f", top {args.top_k}" if args.top_k else "")
 
 
 def draw_samples(args, vq_vae, prior, label, data, config, device, out, result):
     """Sample slices; write each as NIfTI, and the first in one figure."""
-    folder = out / "samples"
-    utils.make_folder(folder)
-    for old in folder.glob("sample_*"):
-        old.unlink()
+    folder = empty_folder(out / "samples", "sample_*")
     start = time.perf_counter()
     images = []
     depths = data["train"].positions
@@ -257,7 +328,7 @@ def draw_samples(args, vq_vae, prior, label, data, config, device, out, result):
     seconds = time.perf_counter() - start
     for i, image in enumerate(images):
         save_nifti(image, data, folder / f"sample_{i:05d}.nii.gz", utils.data_name(config))
-    note = f"temperature {args.temperature:g}" + (f", top {args.top_k}" if args.top_k else "")
+    note = sampling_note(args)
     note += f", label {args.label}" if args.label else ""
     note += f", position {args.position:g}" if args.position is not None else ""
     plots.samples(images[:32], out / "samples.png", config, note)
@@ -296,8 +367,11 @@ def summarise(result, out, data):
     )
     print(f"codebook       {c['used']} of {c['size']} codes used, perplexity {c['perplexity']:.0f}")
     if p:
-        bits = f"{p['bits_per_code']:.3f} bits per code, {p['bits_per_slice']:.0f} per slice"
-        print(f"prior          {bits}")
+        known = p["bits_per_code_without_network"]
+        print(
+            f"prior          {p['bits_per_code']:.3f} bits per code, {p['bits_per_slice']:.0f} per "
+            f"slice (histogram of each position {known['position']:.3f}, xz {known['xz']:.3f})"
+        )
     if s:
         print(f"samples        {s['n']} in {s['seconds']:.1f} s")
     else:

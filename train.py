@@ -259,7 +259,7 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
             f"{data.size[0]} x {data.size[1]}); leave out --data, or choose another --run_dir"
         )
     compute = functools.partial(utils.autocast, device, args.precision)
-    codes = encode_splits(run_dir, data, device)
+    codes = {name: metrics.split_codes(run_dir, data, name, device) for name in dataset.SPLITS}
     train, validate = (
         tuple(torch.from_numpy(x) for x in (codes[s], data[s].labels, data[s].positions))
         for s in ("train", "validate")
@@ -289,35 +289,11 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
 
     def score(model):
         with compute():
-            return {"bits_per_code": float(metrics.bits_per_code(model, *validate, device).mean())}
+            every = metrics.code_bits(model, *validate, device)
+        return {"bits_per_code": float(every.mean(dtype=np.float64))}
 
     best = ("bits_per_code", operator.lt)
     fit(args, run_dir / "pixelcnn", config, model, len(train[0]), loss_of, score, best)
-
-
-def encode_splits(run_dir, data, device):
-    """Codes (N, h, w) of each split, made once by the frozen VQ-VAE and kept in RUN/codes."""
-    made_by = utils.file_hash(run_dir / "vq_vae" / "model.safetensors") + data.fingerprint
-    codes = {}
-    for name in ("train", "validate", "test"):
-        path = run_dir / "codes" / f"{name}.npz"
-        if path.exists():
-            with np.load(path) as stored:
-                if str(stored["made_by"]) == made_by:
-                    codes[name] = stored["codes"].astype(np.int64)
-                    continue
-        model = utils.load_model(run_dir, "vq_vae", device)
-        codes[name] = metrics.encode(model, data[name], device, f"encoding {name}")
-        small = np.min_scalar_type(model.config.n_embeddings - 1)
-        arrays = {"codes": codes[name].astype(small), "labels": data[name].labels}
-        arrays |= {"positions": data[name].positions, "made_by": made_by}
-        utils.write_atomically(path, functools.partial(_save_npz, arrays=arrays))
-    return codes
-
-
-def _save_npz(path, arrays):
-    with open(path, "wb") as file:
-        np.savez_compressed(file, **arrays)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@
 
 RUN holds a trained stage 1 for DIR. The first trains both priors side by side, one core each, for
 the same wall time, and scores the best weights of each on the test split; it needs two idle cores.
-The second changes one choice of ours at a time, with the budget in processor seconds, a row per core.
-Writes benchmarks/results/prior.json, or prior_ablation.json.
+The second changes one choice of ours at a time, with the budget in processor seconds, a row per
+core. Writes benchmarks/results/prior.json, or prior_ablation.json.
 """
 
 import argparse
@@ -111,18 +111,19 @@ def bits(data, run_dir, kind=harness.train.GatedPixelCNN):
     harness.utils.STAGES["pixelcnn"] = (harness.train.PixelCNNConfig, kind)
     model = harness.utils.load_model(run_dir, "pixelcnn")
     device = torch.device("cpu")
-    codes = torch.from_numpy(harness.train.encode_splits(run_dir, data, device)["test"])
+    codes = torch.from_numpy(harness.metrics.split_codes(run_dir, data, "test", device))
     split = data["test"]
     given = torch.from_numpy(split.labels), torch.from_numpy(split.positions)
-    per_slice = harness.metrics.bits_per_code(model, codes, *given, device)
+    every = harness.metrics.code_bits(model, codes, *given, device)
     parameters = sum(p.numel() for p in model.parameters())
-    return {"bits_per_code": float(per_slice.mean()), "parameters": parameters}
+    return {"bits_per_code": float(every.mean(dtype="float64")), "parameters": parameters}
 
 
 def prepare(data, run_dir, folder):
     """A run in `folder` that starts from the stage 1 of `run_dir`, with the codes of `data`."""
     shutil.copytree(Path(run_dir) / "vq_vae", folder / "vq_vae")
-    harness.train.encode_splits(folder, data, harness.utils.pick_device("auto"))
+    for name in harness.dataset.SPLITS:
+        harness.metrics.split_codes(folder, data, name, harness.utils.pick_device("auto"))
     return folder
 
 

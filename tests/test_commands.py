@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import SMALL_PRIOR, SMALL_VQ_VAE, call
 from PIL import Image
 from skimage.metrics import structural_similarity
@@ -87,6 +88,32 @@ def test_samples_are_nifti_like_the_data(predicted, run_dir, data):
         assert b"no patient" in image.header["descrip"].item()
 
 
+def test_surprise_is_the_priors_on_the_pixels_of_the_slice(predicted, run_dir, data):
+    _, numbers = predicted
+    rows = list(csv.DictReader((run_dir / "predict" / "per_slice.csv").open()))
+    maps = sorted((run_dir / "predict" / "surprise").iterdir())
+    assert len(maps) == len(rows)
+    split = dataset.load(data)["test"]
+    prior = utils.load_model(run_dir, "pixelcnn")
+    codes = utils.load_model(run_dir, "vq_vae").encode(split.batch([1]))
+    logits = prior(codes, torch.tensor([-1]), torch.tensor(split.positions[1:2]))
+    log_p = logits.log_softmax(1).gather(1, codes[:, None])[0, 0] / np.log(2)
+    shown = nib.load(maps[1]).get_fdata()[:, :, 0]
+    assert shown.shape == split.images.shape[1:]
+    assert shown[::8, ::8] == pytest.approx(-log_p.detach().numpy(), abs=1e-3)
+    assert float(rows[1]["bits_per_code"]) == pytest.approx(shown.mean(), abs=1e-3)
+    mean = np.mean([float(row["bits_per_code"]) for row in rows])
+    assert numbers["prior"]["bits_per_code"] == pytest.approx(mean)
+
+
+def test_stage_two_leaves_stage_one_as_it_is(run_dir, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    before = contents(copy / "vq_vae")
+    call(f"train.py --mode pixelcnn --run_dir {copy} {SMALL_PRIOR} --fresh")
+    assert contents(copy / "vq_vae") == before
+
+
 def test_predicting_twice_gives_the_same(predicted, run_dir, tmp_path):
     _, first = predicted
     call(f"predict.py --run_dir {run_dir} --n_samples 3 --out {tmp_path / 'again'}")
@@ -103,7 +130,7 @@ def test_predicting_twice_gives_the_same(predicted, run_dir, tmp_path):
 
 
 def test_pictures_open(predicted, run_dir):
-    for name in ("reconstructions", "codes", "samples"):
+    for name in ("reconstructions", "codes", "samples", "surprise", "completions"):
         with Image.open(run_dir / "predict" / f"{name}.png") as picture:
             assert min(picture.size) > 300
 

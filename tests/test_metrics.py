@@ -24,8 +24,36 @@ def test_bits_of_a_prior_that_knows_nothing_are_log2_k():
     model.head[-1].weight.data.zero_()
     model.head[-1].bias.data.zero_()
     codes = torch.randint(16, (5, 3, 4))
-    bits = metrics.bits_per_code(model, codes, torch.full((5,), -1), torch.rand(5), "cpu")
-    assert bits == pytest.approx(np.full(5, 4.0), abs=1e-5)
+    bits = metrics.code_bits(model, codes, torch.full((5,), -1), torch.rand(5), "cpu")
+    assert bits == pytest.approx(np.full((5, 3, 4), 4.0), abs=1e-5)
+
+
+def test_known_code_bits_against_entropies():
+    rng = np.random.default_rng(0)
+    places = rng.integers(0, 64, (6, 8))  # what lies where is fixed, but for one code in two
+    train, test = (
+        np.where(rng.random((n, 6, 8)) < 0.5, places, rng.integers(0, 64, (n, 6, 8)))
+        for n in (3000, 500)
+    )
+    bits = metrics.known_code_bits(train, test, 64)
+    p = 0.5 + 0.5 / 64
+    exact = -p * np.log2(p) - 63 * (0.5 / 64) * np.log2(0.5 / 64)
+    assert bits["uniform"] == 6
+    assert bits["position"] == pytest.approx(exact, abs=0.05)
+    seen = np.bincount(train.ravel(), minlength=64) / train.size
+    expected = -np.log2(seen[test]).mean()
+    assert bits["unigram"] == pytest.approx(expected, abs=1e-3)
+    for name in ("gzip", "xz"):  # no packer beats the entropy, none needs more than the bytes
+        assert exact < bits[name] < 8
+
+
+def test_code_bits_add_up_to_the_likelihood_of_the_grid():
+    torch.manual_seed(0)
+    model = GatedPixelCNN(PixelCNNConfig(3, (2, 2), n_channels=4, n_layers=1)).eval()
+    grids = torch.cartesian_prod(*[torch.arange(3)] * 4).view(-1, 2, 2)
+    n = len(grids)
+    bits = metrics.code_bits(model, grids, torch.full((n,), -1), torch.full((n,), -1.0), "cpu")
+    assert (2.0 ** -bits.astype(float).sum((1, 2))).sum() == pytest.approx(1, abs=1e-5)
 
 
 def test_psnr_and_mean_absolute_error():
