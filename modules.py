@@ -422,6 +422,22 @@ class GatedPixelCNN(nn.Module):
             nn.init.zeros_(layer.v_out.weight)  # each layer starts as the identity
             nn.init.zeros_(layer.h_out.weight)
 
+    @torch.no_grad()
+    def start_from(self, codebook):
+        """Begin with embeddings, and weights that choose a code, that lie as the codebook's vectors.
+
+        Codes of like patches are then alike from the first update on, instead of after each has
+        been seen often enough.
+
+        Args:
+            codebook: (K, D) of the VQ-VAE, in the order of the codes.
+        """
+        e = (codebook - codebook.mean(0)) / codebook.std(0, correction=0).clamp(min=1e-6)  # (K, D)
+        for weight in (self.embedding.weight, self.head[-1].weight.flatten(1)):
+            projection = torch.randn(e.shape[1], weight.shape[1], device=e.device)
+            new = e @ projection / e.shape[1] ** 0.5 + 0.3 * torch.randn_like(weight)
+            weight.copy_(new * weight.std())
+
     def forward(self, codes, label=None, depth=None):
         """Logits of every code given those before it, all at once.
 

@@ -34,7 +34,7 @@ PRESETS = {
         "vq_vae": dict(
             model=dict(n_hiddens=96, n_residual_hiddens=96, n_residual_layers=2, embedding_dim=32,
                        n_embeddings=512, beta=0.25, downsample=8, codebook="ema",
-                       diversity=0.02),
+                       diversity=0.01),
             train=dict(n_updates=1400, batch_size=8, learning_rate=4e-3, log_interval=200,
                        loss="l1_ssim", decay_to=0.02, average=0.0),
         ),
@@ -46,10 +46,10 @@ PRESETS = {
     },
     "base": {
         "vq_vae": dict(
-            model=dict(n_hiddens=128, n_residual_hiddens=128, n_residual_layers=3,
-                       embedding_dim=32, n_embeddings=512, beta=0.25, downsample=8,
-                       codebook="ema", diversity=0.02),
-            train=dict(n_updates=20000, batch_size=32, learning_rate=4e-3, log_interval=500,
+            model=dict(n_hiddens=96, n_residual_hiddens=96, n_residual_layers=2, embedding_dim=32,
+                       n_embeddings=512, beta=0.25, downsample=8, codebook="ema",
+                       diversity=0.01),
+            train=dict(n_updates=20000, batch_size=8, learning_rate=4e-3, log_interval=500,
                        loss="l1_ssim", decay_to=0.02, average=0.0),
         ),
         "pixelcnn": dict(
@@ -276,7 +276,9 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
     config = make_config(args, settings, model_config, data)
     config["vq_vae"] = utils.file_hash(run_dir / "vq_vae" / "model.safetensors")
     torch.manual_seed(args.seed)
-    model = GatedPixelCNN(model_config).to(device, memory_format=torch.channels_last)
+    model = GatedPixelCNN(model_config)
+    model.start_from(utils.load_model(run_dir, "vq_vae").quantizer.codebook)
+    model = model.to(device, memory_format=torch.channels_last)
     network = torch.compile(model) if args.compile else model
 
     def loss_of(indices):

@@ -29,6 +29,7 @@ ROWS = {
     "demo": [],
     "no depth, no atlas": [],
     "no label": [],
+    "embeddings from nothing": [],
     "no averaged weights": [],
     "no dropout": ["--dropout", "0"],
     "kernel 3": ["--kernel_size", "3"],
@@ -81,6 +82,9 @@ class ClassicPrior(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
+    def start_from(self, codebook):
+        """The classic one begins with embeddings that know nothing of the codes."""
+
     def forward(self, codes, label=None, depth=None):
         if label is None:
             label = torch.full((len(codes),), -1, device=codes.device)
@@ -96,6 +100,8 @@ def apply(row):
     train, original = harness.train, harness.train.GatedPixelCNN.forward
     if row == "no averaged weights":
         train.PRESETS["demo"]["pixelcnn"]["train"]["average"] = 0.0
+    elif row == "embeddings from nothing":
+        train.GatedPixelCNN.start_from = ClassicPrior.start_from
     elif row == "no label":
         train.GatedPixelCNN.forward = lambda self, codes, label, depth: original(
             self, codes, None, depth
@@ -178,7 +184,7 @@ def ablation(data, path, base, seconds, names):
     with ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for done in [pool.submit(run_row, path, base, name, seconds) for name in names]:
             row, rows[row] = done.result()
-            print(f"{row:22s} {rows[row]}", flush=True)
+            print(f"{row:24s} {rows[row]}", flush=True)
             harness.save("prior_ablation", {"data": data.name, "seconds_of_one_core": seconds,
                                             "rows": {n: rows[n] for n in ROWS if n in rows}})
 

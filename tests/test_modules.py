@@ -322,6 +322,22 @@ def test_labels_change_the_distribution_and_none_means_any():
     assert torch.equal(model(codes), logits[2])
 
 
+def test_codes_of_like_vectors_start_alike():
+    model = prior(k=40, n_channels=24)
+    codebook = torch.randn(40, 8)
+    codebook[1] = codebook[0] + 0.01
+    scale = model.embedding.weight.std().item()
+    model.start_from(codebook)
+    assert model.embedding.weight.std().item() == pytest.approx(scale, rel=0.2)
+    for weight in (model.embedding.weight, model.head[-1].weight.flatten(1)):
+        between = torch.cdist(weight, weight)
+        assert between[0, 1] < 0.7 * between[0, 2:].min()
+        near = torch.corrcoef(
+            torch.stack([between.flatten(), torch.cdist(codebook, codebook).flatten()])
+        )
+        assert near[0, 1] > 0.7
+
+
 def test_depth_changes_the_distribution_smoothly_and_none_means_any():
     model = prior().double()
     codes = torch.randint(7, (1, 5, 9))
