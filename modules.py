@@ -424,7 +424,7 @@ class GatedPixelCNN(nn.Module):
 
     @torch.no_grad()
     def start_from(self, codebook):
-        """Begin with embeddings, and weights that choose a code, that lie as the codebook's vectors.
+        """Begin with embeddings, and weights that choose a code, that lie as the codebook does.
 
         Codes of like patches are then alike from the first update on, instead of after each has
         been seen often enough.
