@@ -211,6 +211,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("count", torch.ones(n_embeddings))  # moving average of uses per batch
         self.register_buffer("initialised", torch.tensor(not revive))
 
+    @torch.compiler.disable  # it moves buffers that the gradient still needs
     def forward(self, z):
         """Quantise z.
 

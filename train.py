@@ -181,6 +181,8 @@ def main():
         return
     device = utils.pick_device(args.device)
     args.precision = utils.pick_precision(args.precision, device)
+    if args.compile and device.type == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
+        raise UserError("--compile: needs a C++ compiler on the CPU (g++); install one or leave it")
     utils.announce(arguments)
     if args.mode == "vq_vae" and "image_size" in arguments:  # refused before a cache is written
         check_size(arguments["data"], arguments["image_size"], settings["model"]["downsample"])
