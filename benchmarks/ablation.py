@@ -1,7 +1,7 @@
 """What each choice of stage 1 is worth: one change at a time, each on the same budget.
 
     python benchmarks/ablation.py --data DIR                # 2 minutes of one core per row
-    python benchmarks/ablation.py --data DIR --rows demo f=4 --seconds 1200 --out long
+    python benchmarks/ablation.py --data DIR --rows f=4 --seconds 2000 --out long
 
 A row is the preset `demo` with the flags named, or with a variant that was tried and is not part of
 the project: the rotation trick (Fifty et al. 2024, arXiv 2410.06424) and finite scalar quantisation
@@ -27,6 +27,7 @@ import modules
 ROWS = {
     "demo": [],
     "f=4": ["--downsample", "4"],
+    "f=4, diversity 0.05": ["--downsample", "4", "--diversity", "0.05"],
     "f=16": ["--downsample", "16"],
     "K=256": ["--n_embeddings", "256"],
     "K=1024": ["--n_embeddings", "1024"],
@@ -106,6 +107,9 @@ def run(path, row, seconds):
             "parameters": sum(p.numel() for p in model.parameters()),
             "validate": log[-1][1]["validate"],
             "test": harness.test_figures(data, Path(folder)),
+            "validation_ssim_over_seconds": [
+                (round(t), round(e["validate"]["ssim"], 4)) for t, e in log
+            ],
         }
 
 
@@ -126,7 +130,7 @@ def main():
             rows[row] = figures
             test = figures["test"]
             print(
-                f"{row:18s} {figures['updates']:5d} updates, SSIM {test['ssim']:.4f}, body "
+                f"{row:20s} {figures['updates']:5d} updates, SSIM {test['ssim']:.4f}, body "
                 f"{test['ssim_body']:.4f}, PSNR {test['psnr']:.2f}, {test['used']} codes, "
                 f"perplexity {test['perplexity']:.0f}", flush=True,
             )  # fmt: skip
