@@ -53,7 +53,7 @@ import plots
 import utils
 from utils import UserError
 
-FORMAT = 3  # of the cache; raise it whenever the same files would give other pixels
+FORMAT = 4  # of the cache; raise it whenever the same files would give other pixels
 PERCENTILE = 99.5
 SPLITS = ("train", "validate", "test")
 HELD_OUT = 0.15  # share of the patients for each split that the data does not bring
@@ -150,6 +150,12 @@ class SliceData:
     zooms: tuple[float, ...]
     intensity_scale: float
     splits: dict[str, SliceSplit] = field(repr=False)
+    common: tuple[int, int]  # size of most slices as stored, before any --image_size
+    cut: dict[str, int] = field(repr=False)  # array axis across which a volume was cut, by path
+
+    def affine_of(self, item: Slice) -> np.ndarray:
+        """Affine (4, 4) of the image in use of a slice: lays a map of its pixels on the file."""
+        return _grid_affine(item.path, item.index, self.cut.get(item.path), self.common, self.size)
 
     def __getitem__(self, split) -> SliceSplit:
         return self.splits[split]
@@ -244,6 +250,7 @@ def load(
         "phantom" if is_phantom else name, is_phantom, report["layout"], tuple(report["size"]),
         report["classes"], report, index["fingerprint"], affine,
         tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist()), index["intensity_scale"], splits,
+        tuple(index["common"]), {f"{root}/{path}": axis for path, axis in index["cut"].items()},
     )  # fmt: skip
 
 
@@ -638,6 +645,19 @@ def _turned(affine, axis, plane):
     return turned
 
 
+def _grid_affine(path, plane, axis, common, size):
+    """Affine of an image as `_fit` places it; axis: the one a volume is cut across, else None."""
+    shape, affine = _header(path) or (size, np.eye(4))
+    if axis is not None:
+        affine = _turned(affine, axis, plane)
+        shape = [n for a, n in enumerate(shape[:3]) if a != axis]
+    grid = np.eye(4)
+    for a, (small, offset) in enumerate(zip(*_placed(shape[:2], common, size), strict=True)):
+        ratio = shape[a] / small
+        grid[a, a], grid[a, 3] = ratio, (offset + 0.5) * ratio - 0.5  # pixel centres
+    return affine @ grid
+
+
 # ------------------------------------------------------------------------------------------------
 # Decode everything, on every core
 # ------------------------------------------------------------------------------------------------
@@ -815,18 +835,15 @@ def _index(root, rows, groups, images, windows, common, size):
         patients, volumes = ({getattr(row, k) for row in mine} for k in ("patient", "volume"))
         splits[split] = dict(slices=len(mine), patients=len(patients), volumes=len(volumes))
     cut = {path: axis for _, files in groups for path, axis, _ in files if axis is not None}
-    first, shape = rows[0], images[0][0]
-    affine, grid = (_header(f"{root}/{first.path}") or (None, np.eye(4)))[1], np.eye(4)
-    if first.path in cut:
-        affine = _turned(affine, cut[first.path], first.index)
-    for a, (small, offset) in enumerate(zip(*placed[shape], strict=True)):
-        ratio = shape[a] / small
-        grid[a, a], grid[a, 3] = ratio, (offset + 0.5) * ratio - 0.5  # pixel centres
+    first = rows[0]
+    place = (f"{root}/{first.path}", first.index, cut.get(first.path))
     stamps = [(row.path, row.index, row.split, row.label, image[1])
               for row, image in zip(rows, images, strict=True)]  # fmt: skip
     return {
         "slices": rows,
-        "affine": (affine @ grid).tolist(),
+        "affine": _grid_affine(*place, common, size).tolist(),
+        "common": common,
+        "cut": cut,
         "intensity_scale": float(np.median(train)),
         "fingerprint": hashlib.sha256(json.dumps([size, stamps]).encode()).hexdigest()[:32],
         "report": {

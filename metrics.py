@@ -8,12 +8,15 @@ import functools
 import gzip
 import lzma
 import math
+import zipfile
+import zlib
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from skimage.metrics import structural_similarity
+from torch import nn
 from tqdm import tqdm
 
 import utils
@@ -57,26 +60,31 @@ def encode(model, split, device, desc=None):
     return torch.cat(parts).numpy()
 
 
-def split_codes(run_dir, data, name, device, keep=True):
+def split_codes(run_dir, data, name, device):
     """Codes (N, h, w) int64 of a split under the VQ-VAE of a run, as numpy.
 
-    Read from RUN/codes where this VQ-VAE and these data made what is there; else made, and kept
-    there if `keep`.
+    Read from RUN/codes where this VQ-VAE and these data made what is there; else made, and kept.
     """
     made_by = utils.file_hash(run_dir / "vq_vae" / "model.safetensors") + data.fingerprint
-    path = run_dir / "codes" / f"{name}.npz"
-    if path.exists():
-        with np.load(path) as stored:
-            if str(stored["made_by"]) == made_by:
-                return stored["codes"].astype(np.int64)
+    stored = stored_codes(run_dir, name)
+    if stored is not None and stored[0] == made_by:
+        return stored[1]
     model = utils.load_model(run_dir, "vq_vae", device)
     codes = encode(model, data[name], device, f"encoding {name}")
-    if keep:
-        small = codes.astype(np.min_scalar_type(model.config.n_embeddings - 1))
-        arrays = {"codes": small, "labels": data[name].labels, "made_by": made_by}
-        arrays["positions"] = data[name].positions
-        utils.write_atomically(path, functools.partial(_save_npz, arrays=arrays))
+    small = codes.astype(np.min_scalar_type(model.config.n_embeddings - 1))
+    arrays = {"codes": small, "labels": data[name].labels, "positions": data[name].positions}
+    save = functools.partial(_save_npz, arrays=arrays | {"made_by": made_by})
+    utils.write_atomically(run_dir / "codes" / f"{name}.npz", save)
     return codes
+
+
+def stored_codes(run_dir, name):
+    """(What made them, codes (N, h, w) int64) from RUN/codes; None if not there, or damaged."""
+    try:
+        with np.load(run_dir / "codes" / f"{name}.npz") as stored:
+            return str(stored["made_by"]), stored["codes"].astype(np.int64)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 def _save_npz(path, arrays):
@@ -124,7 +132,7 @@ def known_code_bits(train, codes, n_embeddings):
     places = np.arange(train[0].size).reshape(train[0].shape)
     counts = np.bincount((places * k + train).ravel(), minlength=places.size * k)
     seen, p = counts[places * k + codes], unigram[codes]
-    mixed = [(seen + w * p) / (len(train) + w) for w in 2.0 ** np.arange(12)]
+    mixed = ((seen + w * p) / (len(train) + w) for w in 2.0 ** np.arange(12))
     small = codes.astype("<u2")
     raw = (small & 255).astype(np.uint8).tobytes() + (small >> 8).astype(np.uint8).tobytes()
     strongest = 9 | lzma.PRESET_EXTREME
@@ -207,3 +215,184 @@ def patient_interval(values, patients, seed=0, n_draws=2000):
     draws = np.random.default_rng(seed).integers(len(names), size=(n_draws, len(names)))
     means = total[draws].sum(1) / count[draws].sum(1)
     return [float(q) for q in np.percentile(means, [2.5, 97.5])]
+
+
+# ------------------------------------------------------------------------------------------------
+# Samples: are they good, are they varied, are they new
+# ------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def features(model, images, device):
+    """What the VQ-VAE's encoder sees in images (N, H, W) in [0, 1]: (N, 4 D) float64.
+
+    Its output, averaged over each quarter of the slice.
+    """
+    parts = []
+    for part in _batches(len(images), None):
+        x = torch.from_numpy(np.ascontiguousarray(images[part], dtype=np.float32))[:, None]
+        z = model.encoder(x.to(device, memory_format=torch.channels_last))
+        parts.append(F.adaptive_avg_pool2d(z.float(), 2).flatten(1).cpu())
+    return torch.cat(parts).double().numpy()
+
+
+def frechet_distance(a, b):
+    """|mean difference|^2 + tr(A + B - 2 (A B)^(1/2)) of two sets of features (N, D), (M, D)."""
+    covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values = np.linalg.eigvals(covariances[0] @ covariances[1]).real  # never below 0, but rounding
+    trace = sum(np.trace(c) for c in covariances) - 2 * np.sqrt(values.clip(min=0)).sum()
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + trace)
+
+
+def sliced_wasserstein(a, b, seed=0, n_patches=64, n_directions=256, size=7):
+    """Sliced Wasserstein distance between the patches of two sets of images, per Laplacian level.
+
+    Karras et al. 2018 (arXiv 1710.10196) section 5: 7 x 7 patches of each level of a Laplacian
+    pyramid, each level standardised, compared along random directions. The finest level is first;
+    it tells of texture, the last of shapes.
+
+    Args:
+        a, b: (N, H, W) and (N, H, W), as many of each.
+    Returns:
+        one distance per level, times 1000.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    levels = zip(_laplacian(a), _laplacian(b), strict=True)
+    return [_swd(x, y, generator, n_patches, n_directions, size) for x, y in levels]
+
+
+def _laplacian(images):
+    """Images (N, H, W) -> differences between each level and the next, until 16 pixels are left."""
+    x = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))[:, None]
+    levels = []
+    while min(x.shape[2:]) >= 32:
+        small = F.avg_pool2d(x, 2)
+        levels.append(x - F.interpolate(small, x.shape[2:], mode="bilinear"))
+        x = small
+    return [*levels, x]
+
+
+def _swd(x, y, generator, n_patches, n_directions, size):
+    rows, columns = (n - size + 1 for n in x.shape[2:])
+    sets = []
+    for images in (x, y):
+        n = len(images)
+        i = torch.randint(rows, (n, n_patches), generator=generator)
+        j = torch.randint(columns, (n, n_patches), generator=generator)
+        windows = images[:, 0].unfold(1, size, 1).unfold(2, size, 1)  # (N, rows, columns, 7, 7)
+        patches = windows[torch.arange(n)[:, None], i, j].flatten(0, 1).flatten(1)
+        sets.append((patches - patches.mean()) / patches.std().clamp(min=1e-8))
+    directions = torch.randn(size * size, n_directions, generator=generator)
+    directions /= directions.norm(dim=0)
+    a, b = ((patches @ directions).sort(0).values for patches in sets)
+    return float((a - b).abs().mean() * 1000)
+
+
+def precision_recall(real, made, k=3):
+    """Share of made features among the real ones, and of real among the made.
+
+    Kynkaanniemi et al. 2019 (arXiv 1904.06991): a point is among a set if it is nearer to one of
+    them than that one's k-th nearest neighbour. Precision is low if samples are bad, recall if they
+    lack variety.
+    """
+    between = np.sqrt(np.square(real[:, None] - made[None]).sum(-1))  # (R, M)
+
+    def radii(points):
+        own = np.sqrt(np.square(points[:, None] - points[None]).sum(-1))
+        return np.sort(own, axis=1)[:, min(k, len(points) - 1)]  # the 0-th is the point itself
+
+    precision = (between <= radii(real)[:, None]).any(0).mean()
+    recall = (between <= radii(made)[None]).any(1).mean()
+    return float(precision), float(recall)
+
+
+def nearest(images, reference, n_candidates=16, desc=None):
+    """The reference slice most like each image by SSIM.
+
+    Candidates are those with the least mean squared difference at a quarter of the resolution.
+
+    Args:
+        images, reference: (N, H, W) and (R, H, W) in [0, 1].
+    Returns:
+        indices (N,) into reference, their SSIM (N,).
+    """
+
+    def small(x):
+        x = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+        return F.avg_pool2d(x[:, None], 4).flatten(1)
+
+    coarse = torch.cat([small(reference[part]) for part in _batches(len(reference), None)])
+    best = []
+    for image in tqdm(images, desc=desc, disable=desc is None):
+        far = (coarse - small(image[None])).square().sum(1)
+        candidates = far.topk(min(n_candidates, len(reference)), largest=False).indices.numpy()
+        x = torch.from_numpy(np.stack([image] * len(candidates)).astype(np.float32))[:, None]
+        y = torch.from_numpy(np.asarray(reference[candidates], dtype=np.float32))[:, None]
+        ssim = utils.ssim(x, y)
+        best.append((candidates[int(ssim.argmax())], float(ssim.max())))
+    indices, ssim = zip(*best, strict=True)
+    return np.array(indices), np.array(ssim)
+
+
+def pairwise_ssim(images, seed=0, n_pairs=512):
+    """Mean SSIM of random pairs of images (N, H, W): lower is more varied."""
+    n = len(images)
+    rng = np.random.default_rng(seed)
+    first = rng.integers(n, size=n_pairs)
+    second = (first + rng.integers(1, n, size=n_pairs)) % n
+    x = torch.from_numpy(np.asarray(images, dtype=np.float32))[:, None]
+    parts = [utils.ssim(x[first[p]], x[second[p]]) for p in _batches(n_pairs, None)]
+    return float(torch.cat(parts).mean())
+
+
+def two_sample_accuracy(made, real, groups, seed=0, n_folds=4, n_updates=80, desc=None):
+    """How well a small network tells made images from real ones it has not seen.
+
+    Cross-validated; the slices of a group (a patient) are in one fold. 0.5 is indistinguishable.
+
+    Args:
+        made, real: (N, H, W) in [0, 1], as many of each; groups: N names, of the real ones.
+    Returns:
+        accuracy, its 95 % interval (Wilson).
+    """
+    names, which = np.unique(groups, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    fold = np.concatenate([np.arange(len(made)), rng.permutation(len(names))[which]]) % n_folds
+    x = torch.from_numpy(np.concatenate([made, real]).astype(np.float32))[:, None]
+    y = torch.cat([torch.ones(len(made)), torch.zeros(len(real))])
+    right = 0
+    with torch.random.fork_rng(devices=[]):
+        for k in tqdm(range(n_folds), desc=desc, unit="fold", disable=desc is None):
+            torch.manual_seed(seed + k)
+            seen, held = (torch.from_numpy(np.flatnonzero(m)) for m in (fold != k, fold == k))
+            if not len(held):
+                continue
+            network = _judge(x[seen], y[seen], n_updates)
+            with torch.inference_mode():
+                right += int(((network(x[held])[:, 0] > 0) == y[held].bool()).sum())
+    return _wilson(right, len(y))
+
+
+def _judge(x, y, n_updates):
+    """A small convolutional classifier, trained."""
+    layers, channels = [], 1
+    for width in (16, 32, 64, 64):
+        layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.BatchNorm2d(width)]
+        layers.append(nn.ReLU())
+        channels = width
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1))
+    optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
+    for _ in range(n_updates):
+        batch = torch.randint(len(x), (BATCH,))
+        loss = F.binary_cross_entropy_with_logits(network(x[batch])[:, 0], y[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network.eval()
+
+
+def _wilson(right, n, z=1.96):
+    p = right / n
+    centre, scale = (p + z * z / (2 * n)), 1 + z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return p, [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]

@@ -134,8 +134,8 @@ class NearestCode(torch.autograd.Function):
     Works through the vectors in parts that stay in a processor's cache, and keeps nothing of size
     N x K, nor of size N x D but z and the output: autograd's way takes some ten times the memory.
 
-    forward: z (N, D), codebook e (K, D) -> e of each z (N, D), codes (N,), and twice the mean of
-        |z - e|^2 over N and D: as the commitment term and as the codebook term.
+    forward: z (N, D), codebook e (K, D) -> e of each z (N, D), codes (N,), and the mean of
+        |z - e|^2 over N and D, once as the commitment and once as the codebook term.
     backward: z gets the output's gradient as it is (straight through) and that of the commitment
         term; the codebook gets that of the codebook term.
     """
@@ -225,7 +225,7 @@ class VectorQuantizer(nn.Module):
         """
         with torch.autocast(z.device.type, enabled=False):
             flat = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # (N, D)
-            if self.training and not self.initialised:
+            if self.training and not self.initialised and flat.isfinite().all():
                 self._start(flat.detach())
             quantised, codes, commitment, codebook = NearestCode.apply(flat, self.codebook)
             losses = {"commitment": self.beta * commitment}
@@ -277,7 +277,6 @@ class VectorQuantizer(nn.Module):
         if self.revive:
             mean = len(flat) / self.n_embeddings
             dead = self.count < self.DEAD * mean
-            # for all codes, since to count the dead ones would stall a GPU
             drawn = self._draw(flat, self.n_embeddings)
             self.codebook.copy_(torch.where(dead[:, None], drawn, self.codebook))
             self.count.masked_fill_(dead, mean)
@@ -461,6 +460,8 @@ class GatedPixelCNN(nn.Module):
         """(n,) labels and depths -> the atlas (n, C, h, w), and one (n, 2C, 1, 1) per layer."""
         any_of_n = torch.full((n,), -1, device=self.atlas.device)
         label, depth = (any_of_n if x is None else x for x in (label, depth))
+        if label.min() < -1 or label.max() >= self.config.n_classes or depth.max() > 1:
+            raise ValueError(f"labels are below {self.config.n_classes} and depths in [0, 1]")
         last = self.config.n_depths - 1
         places = torch.arange(last + 1, device=depth.device)
         near = (1 - (depth.clamp(min=0)[:, None] * last - places).abs()).clamp(min=0)
@@ -494,8 +495,8 @@ class GatedPixelCNN(nn.Module):
         rows, columns = self.config.size
         if size is not None and tuple(size) != (rows, columns):
             raise ValueError(f"this prior draws grids of {(rows, columns)}, not {tuple(size)}")
-        if temperature < 0:
-            raise ValueError(f"temperature must be 0 or more, not {temperature}")
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"no sampling with temperature {temperature} and top_k {top_k}")
         device = self.atlas.device
         label, depth = (
             None if x is None else torch.as_tensor(x, device=device).expand(n)

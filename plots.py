@@ -18,6 +18,7 @@ TITLES = {
     "reconstruction": "reconstruction loss",
     "commitment": "commitment loss",
     "codebook": "codebook loss",
+    "diversity": "diversity loss",
 }
 
 
@@ -27,7 +28,7 @@ def _title(config, text):
 
 
 def _save(figure, path):
-    figure.savefig(path, dpi=120)
+    utils.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
     plt.close(figure)
 
 
@@ -102,7 +103,7 @@ def codes(x, maps, codebook, path, config):
     centred = codebook - codebook.mean(0)
     colours = centred @ np.linalg.svd(centred, full_matrices=False)[2][:3].T
     colours = np.pad(colours, ((0, 0), (0, 3 - colours.shape[1])))  # D may be less than 3
-    colours = colours.argsort(0).argsort(0) / (len(colours) - 1)
+    colours = colours.argsort(0).argsort(0) / max(1, len(colours) - 1)
     figure, axes = _panels(2, len(x), x.shape[1:])
     for i in range(len(x)):
         axes[0, i].imshow(x[i], cmap="gray", vmin=0, vmax=1)
@@ -131,11 +132,12 @@ def surprise(x, bits, path, config):
     h, w = x.shape[1:]
     for i in range(len(x)):
         axes[0, i].imshow(x[i], cmap="gray", vmin=0, vmax=1)
-        axes[1, i].imshow(x[i], cmap="gray", vmin=0, vmax=1)
         shown = axes[1, i].imshow(
-            bits[i], cmap="magma", vmin=0, vmax=np.percentile(bits, 99.5), alpha=0.8,
+            bits[i], cmap="magma", vmin=0, vmax=np.percentile(bits, 99.5),
             extent=(-0.5, w - 0.5, h - 0.5, -0.5), interpolation="bilinear",
         )  # fmt: skip
+        if x[i].min() < 0.1 < x[i].max():
+            axes[1, i].contour(x[i], levels=[0.1], colors="w", linewidths=0.3)
         axes[1, i].set_title(f"{bits[i].mean():.2f} bits", fontsize=9)
     axes[0, 0].set_ylabel("slice")
     axes[1, 0].set_ylabel("surprise")

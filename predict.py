@@ -6,6 +6,7 @@ samples new slices, and writes metrics.json, per_slice.csv, pictures and NIfTI f
 
 import argparse
 import csv
+import gzip
 import io
 import sys
 import time
@@ -23,6 +24,7 @@ import utils
 from utils import UserError
 
 N_SHOWN = 8  # slices in the figures of reconstructions and code maps
+WRITTEN = ("metrics.json", "per_slice.csv", "*.png", "surprise/*.nii.gz", "samples/sample_*")
 PROTOCOL = {
     "images": "float32 in [0, 1]; reconstructions clipped to it",
     "arithmetic": "float32",
@@ -43,6 +45,10 @@ def parser():
     run.add_argument("--run_dir", metavar="DIR", default="runs/demo", help="where the run lives")
     run.add_argument("--split", choices=dataset.SPLITS, default="test", help="split to score")
     run.add_argument("--out", metavar="DIR", help="where to write (default: RUN_DIR/predict)")
+    run.add_argument(
+        "--n_maps", type=utils.at_least(0), metavar="N", default=64,
+        help="slices, from all over the split, whose surprise is written as NIfTI",
+    )
     dataset.add_data_arguments(p, suppress_default=True)
     sample = p.add_argument_group("samples")
     sample.add_argument(
@@ -91,6 +97,9 @@ def main():
     check_size(run_dir, config, data.size)
     out = Path(args.out or run_dir / "predict")
     utils.make_folder(out)
+    for old in [path for pattern in WRITTEN for path in out.glob(pattern)]:
+        old.unlink()  # or pictures of an earlier call would pass for this one's
+    learned_from = config["data"]["fingerprint"]
     config["data"] |= {"name": data.name, "is_phantom": data.is_phantom}
 
     result = {
@@ -106,12 +115,21 @@ def main():
     split = data[args.split]
     rows, codes = score_reconstructions(vq_vae, split, args.split, config, device, out, result)
     if prior is not None:
-        train_codes = metrics.split_codes(run_dir, data, "train", device, keep=False)
         labels = known_labels(split, config["data"]["classes"])
-        every = score_prior(prior, codes, train_codes, labels, split.positions, device, result)
-        for row, bits in zip(rows, every, strict=True):
-            row["bits_per_code"] = float(bits.mean(dtype=np.float64))
-        write_surprise(every, split, data, config, out)
+        bits = score_prior(prior, codes, labels, split.positions, device, result)
+        for row, of_slice in zip(rows, bits, strict=True):
+            row["bits"] = float(of_slice.sum(dtype=np.float64))
+            row["bits_per_code"] = row["bits"] / of_slice.size
+        train_codes = None
+        if data.fingerprint == learned_from:
+            train_codes = metrics.split_codes(run_dir, data, "train", device)
+        elif stored := metrics.stored_codes(run_dir, "train"):
+            train_codes = stored[1]
+        if train_codes is not None:
+            result["prior"]["bits_per_code_without_network"] = metrics.known_code_bits(
+                train_codes, codes.numpy(), prior.config.n_embeddings
+            )
+        write_surprise(bits, split, data, config, out, args.n_maps)
     write_rows(out / "per_slice.csv", split, rows)
     if prior is not None and args.n_samples:
         draw_samples(args, vq_vae, prior, label, data, config, device, out, result)
@@ -207,11 +225,11 @@ def write_rows(path, split, rows):
     """per_slice.csv: where each slice comes from, and its figures."""
     text = io.StringIO()
     names = ["patient", "volume", "position", "label"]
-    writer = csv.DictWriter(text, ["file", *names, *rows[0]])
+    writer = csv.DictWriter(text, ["index", "file", *names, *rows[0]])
     writer.writeheader()
-    for item, row in zip(split.slices, rows, strict=True):
+    for i, (item, row) in enumerate(zip(split.slices, rows, strict=True)):
         origin = {name: getattr(item, name) for name in names}
-        writer.writerow({"file": Path(item.path).name, **origin, **row})
+        writer.writerow({"index": i, "file": Path(item.path).name, **origin, **row})
     utils.write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
 
 
@@ -220,41 +238,39 @@ def known_labels(split, classes):
     return np.array([classes.index(s.label) if s.label in classes else -1 for s in split.slices])
 
 
-def score_prior(prior, codes, train_codes, labels, positions, device, result):
-    """Bits of every code (N, h, w) under the prior; their mean beside what needs no network."""
+def score_prior(prior, codes, labels, positions, device, result):
+    """Bits of every code (N, h, w) under the prior."""
     given = torch.from_numpy(labels), torch.from_numpy(positions)
-    every = metrics.code_bits(prior, codes, *given, device, "likelihood of codes")
-    mean, n = float(every.mean(dtype=np.float64)), codes[0].numel()
+    bits = metrics.code_bits(prior, codes, *given, device, "likelihood of codes")
+    mean, n = float(bits.mean(dtype=np.float64)), codes[0].numel()
     result["prior"] = {
         "bits_per_code": mean,
         "bits_per_slice": mean * n,
         "codes_per_slice": n,
-        "bits_per_code_without_network": metrics.known_code_bits(
-            train_codes, codes.numpy(), prior.config.n_embeddings
-        ),
+        "bits_per_code_without_network": None,
     }
-    return every
+    return bits
 
 
-def write_surprise(every, split, data, config, out):
-    """Maps of bits per code: a figure of some slices, and one NIfTI per slice, on its pixels."""
+def write_surprise(bits, split, data, config, out, n_maps):
+    """Maps of bits per code: a figure of some slices, and NIfTI files that lie on theirs."""
     shown = plots.picks(len(split), N_SHOWN)
-    plots.surprise(split.images[shown] / 65535, every[shown], out / "surprise.png", config)
-    folder = empty_folder(out / "surprise", "*.nii.gz")
-    f = config["model"]["downsample"]
-    for i, (bits, item) in enumerate(zip(every, split.slices, strict=True)):
-        name = f"{i:05d}_{Path(item.path).name.split('.')[0]}.nii.gz"
-        nifti = nib.Nifti1Image(bits.repeat(f, 0).repeat(f, 1)[:, :, None], data.affine)
-        nifti.header["descrip"] = b"bits per code under the prior"
-        nib.save(nifti, folder / name)
-
-
-def empty_folder(folder, old):
-    """A folder without the files that an earlier call left."""
+    plots.surprise(split.images[shown] / 65535, bits[shown], out / "surprise.png", config)
+    folder, f = out / "surprise", config["model"]["downsample"]
     utils.make_folder(folder)
-    for path in folder.glob(old):
-        path.unlink()
-    return folder
+    for i in plots.picks(len(split), n_maps):
+        item = split.slices[i]
+        whole = bits[i].repeat(f, 0).repeat(f, 1)
+        path = folder / f"{i:05d}_{Path(item.path).name.split('.')[0]}.nii.gz"
+        save_nifti(whole, data.affine_of(item), path, "bits per code under the prior")
+
+
+def save_nifti(image, affine, path, description):
+    """Write an image (H, W) as NIfTI, whole or not at all."""
+    nifti = nib.Nifti1Image(image[:, :, None], affine)
+    nifti.header["descrip"] = description.encode()[:79]
+    packed = gzip.compress(nifti.to_bytes(), mtime=0)
+    utils.write_atomically(path, lambda temporary: temporary.write_bytes(packed))
 
 
 def complete(args, vq_vae, prior, codes, labels, split, config, device, out, n_draws=4):
@@ -299,7 +315,8 @@ def sampling_note(args):
 
 def draw_samples(args, vq_vae, prior, label, data, config, device, out, result):
     """Sample slices; write each as NIfTI, and the first in one figure."""
-    folder = empty_folder(out / "samples", "sample_*")
+    folder = out / "samples"
+    utils.make_folder(folder)
     start = time.perf_counter()
     images = []
     depths = data["train"].positions
@@ -327,7 +344,8 @@ def draw_samples(args, vq_vae, prior, label, data, config, device, out, result):
     images = np.concatenate(images)
     seconds = time.perf_counter() - start
     for i, image in enumerate(images):
-        save_nifti(image, data, folder / f"sample_{i:05d}.nii.gz", utils.data_name(config))
+        name = f"generated, no patient; like {utils.data_name(config)}"
+        save_nifti(in_units(image, data), data.affine, folder / f"sample_{i:05d}.nii.gz", name)
     note = sampling_note(args)
     note += f", label {args.label}" if args.label else ""
     note += f", position {args.position:g}" if args.position is not None else ""
@@ -342,17 +360,12 @@ def draw_samples(args, vq_vae, prior, label, data, config, device, out, result):
     }
 
 
-def save_nifti(image, data, path, name):
-    """A slice (H, W) in [0, 1] as NIfTI, in the units and with the voxel size of its data.
-
-    Units are integers, unless the data's own are too coarse for that.
-    """
+def in_units(image, data):
+    """A slice in [0, 1] -> the units of its data: integers, unless those are too coarse."""
     units = image * data.intensity_scale
     if data.intensity_scale >= 50:
         units = np.round(units).astype(np.int16 if data.intensity_scale < 2**15 else np.int32)
-    nifti = nib.Nifti1Image(units[:, :, None], data.affine)
-    nifti.header["descrip"] = f"generated, no patient; like {name}".encode()[:79]
-    nib.save(nifti, path)
+    return units
 
 
 def summarise(result, out, data):
@@ -367,11 +380,10 @@ def summarise(result, out, data):
     )
     print(f"codebook       {c['used']} of {c['size']} codes used, perplexity {c['perplexity']:.0f}")
     if p:
-        known = p["bits_per_code_without_network"]
-        print(
-            f"prior          {p['bits_per_code']:.3f} bits per code, {p['bits_per_slice']:.0f} per "
-            f"slice (histogram of each position {known['position']:.3f}, xz {known['xz']:.3f})"
-        )
+        bits = f"{p['bits_per_code']:.3f} bits per code, {p['bits_per_slice']:.0f} per slice"
+        if known := p["bits_per_code_without_network"]:
+            bits += f" (histogram of each position {known['position']:.3f}, xz {known['xz']:.3f})"
+        print(f"prior          {bits}")
     if s:
         print(f"samples        {s['n']} in {s['seconds']:.1f} s")
     else:

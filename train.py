@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import operator
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -28,7 +29,10 @@ from modules import VQVAE, GatedPixelCNN, PixelCNNConfig, VQVAEConfig
 from utils import UserError
 
 # What a preset sets for each stage; a flag of the same name beats it. `decay_to` is the last
-# learning rate as a fraction of the first; `average` the decay of the averaged weights, 0 for none.
+# learning rate as a fraction of the first; `average` the decay of the averaged weights, 0 for none;
+# `warm_up` the updates over which the rate rises; `clip` the largest norm of a gradient, 0 for any.
+MODERN = dict(decay_to=0.02, warm_up=50, clip=1.0, beta2=0.99)
+CLASSIC = dict(decay_to=1.0, warm_up=0, clip=0.0, beta2=0.999, average=0.0)  # plain Adam
 PRESETS = {
     "demo": {
         "vq_vae": dict(
@@ -36,12 +40,12 @@ PRESETS = {
                        n_embeddings=512, beta=0.25, downsample=8, codebook="ema",
                        diversity=0.01),
             train=dict(n_updates=1400, batch_size=8, learning_rate=4e-3, log_interval=200,
-                       loss="l1_ssim", decay_to=0.02, average=0.0),
+                       loss="l1_ssim", average=0.0, **MODERN),
         ),
         "pixelcnn": dict(
             model=dict(n_channels=64, n_layers=10, kernel_size=5, dropout=0.1),
             train=dict(n_updates=2700, batch_size=8, learning_rate=4e-3, log_interval=300,
-                       decay_to=0.02, average=0.99),
+                       average=0.99, **MODERN),
         ),
     },
     "base": {
@@ -50,12 +54,12 @@ PRESETS = {
                        n_embeddings=512, beta=0.25, downsample=8, codebook="ema",
                        diversity=0.01),
             train=dict(n_updates=20000, batch_size=8, learning_rate=4e-3, log_interval=500,
-                       loss="l1_ssim", decay_to=0.02, average=0.0),
+                       loss="l1_ssim", average=0.0, **MODERN),
         ),
         "pixelcnn": dict(
             model=dict(n_channels=128, n_layers=15, kernel_size=5, dropout=0.2),
             train=dict(n_updates=30000, batch_size=32, learning_rate=1e-3, log_interval=500,
-                       decay_to=0.02, average=0.999),
+                       average=0.999, **MODERN),
         ),
     },
     "classic": {
@@ -64,16 +68,15 @@ PRESETS = {
                        embedding_dim=64, n_embeddings=512, beta=0.25, downsample=4,
                        codebook="loss", diversity=0.0, stem="strided", revive=False),
             train=dict(n_updates=5000, batch_size=32, learning_rate=3e-4, log_interval=50,
-                       loss="mse", decay_to=1.0, average=0.0),
+                       loss="mse", **CLASSIC),
         ),
         "pixelcnn": dict(
             model=dict(n_channels=64, n_layers=15, kernel_size=3, dropout=0.0),
             train=dict(n_updates=5000, batch_size=32, learning_rate=3e-4, log_interval=50,
-                       decay_to=1.0, average=0.0),
+                       **CLASSIC),
         ),
     },
 }
-WARM_UP = 50  # updates over which the learning rate rises from zero
 HIDDEN = 0.1  # chance that a label or depth is hidden, so that one prior also learns "any"
 MAY_CHANGE = {"n_updates", "log_interval", "patience"}  # when a run is continued
 
@@ -181,8 +184,9 @@ def main():
         return
     device = utils.pick_device(args.device)
     args.precision = utils.pick_precision(args.precision, device)
-    if args.compile and device.type == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
-        raise UserError("--compile: needs a C++ compiler on the CPU (g++); install one or leave it")
+    compiler = os.environ.get("CXX", "g++")
+    if args.compile and not shutil.which(compiler):
+        raise UserError(f"--compile: there is no compiler {compiler}; install one or leave it out")
     utils.announce(arguments)
     if args.mode == "vq_vae" and "image_size" in arguments:  # refused before a cache is written
         check_size(arguments["data"], arguments["image_size"], settings["model"]["downsample"])
@@ -353,11 +357,12 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     """
     options = config["train"]
     key, beats = best
+    betas = (0.9, options["beta2"])
     optimizer = torch.optim.AdamW(
-        model.parameters(), options["learning_rate"], (0.9, 0.99), weight_decay=0.0, fused=True
+        model.parameters(), options["learning_rate"], betas, weight_decay=0.0, fused=True
     )
     averaged = copy.deepcopy(model) if options["average"] else model
-    state = {"update": 0, "best": None, "best_update": 0}
+    state = {"update": 0, "best": None, "best_update": 0, "skipped": 0}
     if args.fresh and directory.exists():
         shutil.rmtree(directory)
     log = resume(directory, config, model, averaged, optimizer, state)
@@ -384,11 +389,13 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
             loss = sum(losses.values())
             optimizer.zero_grad()
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            skipped = 0 if torch.isfinite(norm) else skipped + 1
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options["clip"] or math.inf)
+            is_finite = bool(torch.isfinite(norm))
+            skipped = 0 if is_finite else skipped + 1
+            state["skipped"] += not is_finite
             if skipped == 10:
                 raise UserError(diverged.format("10 updates without a finite gradient", update))
-            if not skipped:
+            if is_finite:
                 optimizer.step()
                 running.append({name: value.item() for name, value in losses.items()})
             if averaged is not model:
@@ -409,7 +416,7 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
                 raise UserError(diverged.format(f"{key} is {figures[key]}", update))
             mean = {name: float(np.mean([r[name] for r in running])) for name in running[0]}
             running.clear()
-            entry = {"update": update, "data": utils.data_name(config)}
+            entry = {"update": update, "data": utils.data_name(config), "skipped": state["skipped"]}
             log.append(entry | {"train": mean, "validate": figures})
             for name in ("ssim", "used", "bits_per_code"):
                 if name in figures:
@@ -418,12 +425,21 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
                 state["best"], state["best_update"] = figures[key], update
                 utils.save_model(averaged, directory / "model.safetensors")
             save_checkpoint(directory, config, log, model, averaged, optimizer, state)
-            if figures.get("used", math.inf) < 0.1 * config["model"]["n_embeddings"]:
-                bar.write(f"warning: only {figures['used']} codes in use after {update} updates")
+            if "used" in figures and is_collapsing(**figures):
+                bar.write(
+                    f"warning: the codebook collapses: after {update} updates {figures['used']} of "
+                    f"{figures['size']} codes are in use, perplexity {figures['perplexity']:.1f}"
+                )
     if state["best"] is None:
         raise UserError(diverged.format("no finite gradient", state["update"]))
     best_so_far = f"{state['best']:.4f} at update {state['best_update']}"
-    print(f"{directory}: best validation {key} {best_so_far}")
+    lost = f"; {state['skipped']} updates without a finite gradient" if state["skipped"] else ""
+    print(f"{directory}: best validation {key} {best_so_far}{lost}")
+
+
+def is_collapsing(used, size, perplexity, **_):
+    """Whether a split of varied slices uses less of the codebook than a healthy one would."""
+    return used < max(2, 0.1 * size) or perplexity < 0.04 * size
 
 
 def is_done(log, state, options):
@@ -438,7 +454,7 @@ def learning_rate(update, options):
     done = update / options["n_updates"]
     cosine = 0.5 * (1 + math.cos(math.pi * done))
     decay = options["decay_to"] + (1 - options["decay_to"]) * cosine
-    return options["learning_rate"] * min(1, (update + 1) / WARM_UP) * decay
+    return options["learning_rate"] * min(1, (update + 1) / max(1, options["warm_up"])) * decay
 
 
 def batch_indices(n, batch_size, update, seed):

@@ -14,7 +14,9 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 import dataset
+import metrics
 import predict
+import train
 import utils
 
 
@@ -106,6 +108,43 @@ def test_surprise_is_the_priors_on_the_pixels_of_the_slice(predicted, run_dir, d
     assert numbers["prior"]["bits_per_code"] == pytest.approx(mean)
 
 
+def test_surprise_lies_on_its_slice_whatever_its_place(run_dir, data, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(data, moved)
+    for i, path in enumerate(sorted((moved / "keras_slices_test").iterdir())):
+        image = nib.load(path)
+        affine = image.affine.copy()
+        affine[:3, 3] += (30 + i, 0, -20)
+        cropped = np.asarray(image.dataobj)[10:-10]
+        nib.save(nib.Nifti1Image(cropped, affine), path)
+    call(f"predict.py --run_dir {run_dir} --data {moved} --out {tmp_path / 'out'} --n_samples 0")
+    for name in sorted((tmp_path / "out" / "surprise").iterdir()):
+        shown = nib.load(name)
+        slice_ = nib.load(moved / "keras_slices_test" / f"{name.name[6:]}")
+        # the slice's first row is the map's eleventh: ten were cut off, and padded again
+        assert np.allclose(shown.affine @ (10, 0, 0, 1), slice_.affine @ (0, 0, 0, 1), atol=1e-4)
+
+
+def test_a_damaged_cache_of_codes_is_made_again(run_dir, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    (copy / "codes" / "train.npz").write_bytes(b"PK damaged")
+    call(f"predict.py --run_dir {copy} --n_samples 0")
+    old, new = (metrics.stored_codes(path, "train") for path in (run_dir, copy))
+    assert old[0] == new[0]
+    assert np.array_equal(old[1], new[1])
+
+
+def test_pictures_of_an_earlier_call_do_not_stay(run_dir, tmp_path):
+    call(f"predict.py --run_dir {run_dir} --out {tmp_path / 'out'} --n_samples 2")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    call(f"predict.py --run_dir {run_dir} --out {tmp_path / 'out'} --n_samples 0 --n_maps 0")
+    left = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")}
+    assert not {name for name in left if "sample" in name and "." in name}
+    assert not {name for name in left if name.endswith(".nii.gz")}
+    assert "notes.txt" in left
+
+
 def test_stage_two_leaves_stage_one_as_it_is(run_dir, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy)
@@ -118,8 +157,8 @@ def test_predicting_twice_gives_the_same(predicted, run_dir, tmp_path):
     _, first = predicted
     call(f"predict.py --run_dir {run_dir} --n_samples 3 --out {tmp_path / 'again'}")
     second = json.loads((tmp_path / "again" / "metrics.json").read_text())
-    for metrics in (first, second):
-        metrics["samples"].pop("seconds")
+    for numbers in (first, second):
+        numbers["samples"].pop("seconds")
     assert first == second
     for name in ("sample_00000.nii.gz", "sample_00002.nii.gz"):
         a, b = (
@@ -192,7 +231,8 @@ def test_the_classic_preset_end_to_end(data, tmp_path):
 def test_exported_units_follow_the_data(tmp_path, scale, kind):
     data = SimpleNamespace(intensity_scale=scale, affine=np.eye(4))
     image = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
-    predict.save_nifti(image, data, tmp_path / "x.nii.gz", "data")
+    units = predict.in_units(image, data)
+    predict.save_nifti(units, data.affine, tmp_path / "x.nii.gz", "data")
     read = nib.load(tmp_path / "x.nii.gz")
     assert read.get_data_dtype().kind == kind
     assert np.allclose(read.get_fdata()[:, :, 0], image * scale, atol=0.51 if kind == "i" else 1e-6)
@@ -263,6 +303,28 @@ def test_a_training_that_diverges_stops_and_keeps_what_was_good(run_dir, data, t
     mistake(f"{command} --n_updates 60 --learning_rate 1e30", "lower --learning_rate")
     assert (run / "vq_vae" / "checkpoint.pt").read_bytes() == checkpoint
     assert (run / "vq_vae" / "model.safetensors").read_bytes() == weights
+
+
+def test_one_update_without_a_finite_gradient_is_skipped_and_counted(data, tmp_path, monkeypatch):
+    calls, original = [], train.reconstruction_loss
+
+    def third_is_not_finite(x, y, kind):
+        calls.append(original(x, y, kind))
+        return calls[-1] * (torch.nan if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(train, "reconstruction_loss", third_is_not_finite)
+    words = f"train.py --mode vq_vae --data {data} --run_dir {tmp_path} {SMALL_VQ_VAE}"
+    monkeypatch.setattr("sys.argv", words.split())
+    train.main()
+    entries = [json.loads(line) for line in (tmp_path / "vq_vae" / "log.jsonl").open()]
+    assert [entry["skipped"] for entry in entries] == [1, 1]
+    for value in utils.load_model(tmp_path, "vq_vae").state_dict().values():
+        assert value.isfinite().all()
+
+
+def test_compile_without_a_compiler(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    mistake(f"train.py --mode vq_vae --data {data} --run_dir {tmp_path} --compile", "no-such-comp")
 
 
 def test_weights_cut_short(run_dir, tmp_path):

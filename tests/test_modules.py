@@ -142,6 +142,17 @@ def test_first_training_batch_places_the_codes_once():
     assert restored.initialised
 
 
+def test_a_first_batch_that_is_not_finite_places_nothing():
+    quantizer = VectorQuantizer(8, 4).train()
+    bad = vectors()
+    bad[0, 0, 0, 0] = torch.nan
+    quantizer(bad)
+    assert not quantizer.initialised
+    quantizer(vectors())
+    assert quantizer.initialised
+    assert quantizer.codebook.isfinite().all()
+
+
 def test_a_restored_quantizer_moves_as_the_original_would():
     quantizer = started_quantizer().train()
     quantizer(vectors())
@@ -250,7 +261,7 @@ def test_causality_by_gradients_everywhere(size, kernel_size):
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])
-@pytest.mark.parametrize("size", [(5, 9), (9, 5)])
+@pytest.mark.parametrize("size", [(5, 9), (9, 5), (7, 11), (1, 6), (6, 1)])
 def test_cached_logits_equal_the_full_pass(size, kernel_size):
     model = prior(size=size, n_classes=3, kernel_size=kernel_size)
     codes = torch.randint(7, (4, *size))
@@ -311,6 +322,25 @@ def test_given_codes_are_kept_and_seen():
     drawn = model.sample(3, given=given, temperature=0)
     assert torch.equal(drawn[:, :2], given[:, :2])
     assert torch.equal(model(drawn).argmax(1)[:, 2:], drawn[:, 2:])
+
+
+def test_the_order_of_the_codes_is_only_a_matter_of_names_to_the_prior():
+    model = prior(k=7)
+    codes = torch.randint(7, (2, 5, 9))
+    logits = model(codes)
+    order = torch.randperm(7)
+    model.embedding.weight.data = model.embedding.weight.data[order]
+    model.head[-1].weight.data = model.head[-1].weight.data[order]
+    model.head[-1].bias.data = model.head[-1].bias.data[order]
+    renamed = order.argsort()[codes]
+    torch.testing.assert_close(model(renamed), logits[:, order])
+
+
+def test_what_cannot_be_drawn_is_refused():
+    model = prior(n_classes=2)
+    for wrong in ({"label": 2}, {"label": -2}, {"depth": 1.5}, {"temperature": -1}, {"top_k": 0}):
+        with pytest.raises(ValueError, match="temperature|labels"):
+            model.sample(1, **wrong)
 
 
 def test_labels_change_the_distribution_and_none_means_any():

@@ -22,7 +22,7 @@ def test_every_slice_is_seen_once_an_epoch_in_an_order_of_the_seed():
 
 
 def test_learning_rate_warms_up_and_decays():
-    options = {"n_updates": 1000, "learning_rate": 2.0, "decay_to": 0.1}
+    options = {"n_updates": 1000, "learning_rate": 2.0, "decay_to": 0.1, "warm_up": 50}
     rates = [train.learning_rate(u, options) for u in range(1000)]
     assert rates[0] < 0.05
     assert max(rates) <= 2.0
@@ -92,3 +92,10 @@ def test_patience_stops_early(data, tmp_path):
     assert "best validation ssim" in out
     again, _ = call(f"{command} --n_updates 90 --log_interval 1 --learning_rate 0 --patience 2")
     assert "finished" in again
+
+
+def test_a_collapsing_codebook_is_told_from_a_young_one():
+    assert not train.is_collapsing(used=460, size=512, perplexity=180)
+    assert train.is_collapsing(used=40, size=512, perplexity=30)
+    assert train.is_collapsing(used=300, size=512, perplexity=5)  # most of them hardly ever
+    assert train.is_collapsing(used=1, size=8, perplexity=1)
