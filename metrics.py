@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 import utils
 
-BATCH = 32  # slices evaluated at a time; no figure depends on it
+BATCH = 32  # slices evaluated at a time
+CROP = 64  # pixels of a side that the network of the two-sample test learns from
 
 
 def _batches(n, desc):
@@ -236,6 +237,17 @@ def features(model, images, device):
     return torch.cat(parts).double().numpy()
 
 
+@torch.inference_mode()
+def through(model, images, device):
+    """Images (N, H, W) in [0, 1] -> their reconstructions (N, H, W), clipped."""
+    parts = []
+    for part in _batches(len(images), None):
+        x = torch.from_numpy(np.ascontiguousarray(images[part], dtype=np.float32))[:, None]
+        x_hat = model(x.to(device, memory_format=torch.channels_last))[0]
+        parts.append(x_hat[:, 0].float().clamp(0, 1).cpu())
+    return torch.cat(parts).numpy()
+
+
 def frechet_distance(a, b):
     """|mean difference|^2 + tr(A + B - 2 (A B)^(1/2)) of two sets of features (N, D), (M, D)."""
     covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -312,23 +324,22 @@ def nearest(images, reference, n_candidates=16, desc=None):
     Candidates are those with the least mean squared difference at a quarter of the resolution.
 
     Args:
-        images, reference: (N, H, W) and (R, H, W) in [0, 1].
+        images: (N, H, W) in [0, 1]; reference: `dataset.SliceSplit` of R slices.
     Returns:
         indices (N,) into reference, their SSIM (N,).
     """
 
     def small(x):
-        x = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
-        return F.avg_pool2d(x[:, None], 4).flatten(1)
+        return F.avg_pool2d(x, 4).flatten(1)
 
-    coarse = torch.cat([small(reference[part]) for part in _batches(len(reference), None)])
+    parts = _batches(len(reference), None)
+    coarse = torch.cat([small(reference.batch(np.arange(p.start, p.stop))) for p in parts])
     best = []
-    for image in tqdm(images, desc=desc, disable=desc is None):
-        far = (coarse - small(image[None])).square().sum(1)
+    for image in tqdm(images, desc=desc, unit="slice", disable=desc is None):
+        x = torch.from_numpy(np.asarray(image, dtype=np.float32))[None, None]
+        far = (coarse - small(x)).square().sum(1)
         candidates = far.topk(min(n_candidates, len(reference)), largest=False).indices.numpy()
-        x = torch.from_numpy(np.stack([image] * len(candidates)).astype(np.float32))[:, None]
-        y = torch.from_numpy(np.asarray(reference[candidates], dtype=np.float32))[:, None]
-        ssim = utils.ssim(x, y)
+        ssim = utils.ssim(x.expand(len(candidates), -1, -1, -1), reference.batch(candidates))
         best.append((candidates[int(ssim.argmax())], float(ssim.max())))
     indices, ssim = zip(*best, strict=True)
     return np.array(indices), np.array(ssim)
@@ -345,19 +356,21 @@ def pairwise_ssim(images, seed=0, n_pairs=512):
     return float(torch.cat(parts).mean())
 
 
-def two_sample_accuracy(made, real, groups, seed=0, n_folds=4, n_updates=80, desc=None):
-    """How well a small network tells made images from real ones it has not seen.
+def two_sample_accuracy(
+    made, real, real_groups, made_groups=None, seed=0, n_folds=4, n_updates=200, desc=None
+):
+    """How well a small network tells made images from real ones that it has not seen.
 
     Cross-validated; the slices of a group (a patient) are in one fold. 0.5 is indistinguishable.
 
     Args:
-        made, real: (N, H, W) in [0, 1], as many of each; groups: N names, of the real ones.
+        made, real: (N, H, W) in [0, 1], as many of each.
+        real_groups, made_groups: N names each; None where each image is a group of its own.
     Returns:
         accuracy, its 95 % interval (Wilson).
     """
-    names, which = np.unique(groups, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    fold = np.concatenate([np.arange(len(made)), rng.permutation(len(names))[which]]) % n_folds
+    groups = (np.arange(len(made)) if made_groups is None else made_groups, real_groups)
+    fold = np.concatenate([_folds(names, seed + i) % n_folds for i, names in enumerate(groups)])
     x = torch.from_numpy(np.concatenate([made, real]).astype(np.float32))[:, None]
     y = torch.cat([torch.ones(len(made)), torch.zeros(len(real))])
     right = 0
@@ -365,26 +378,33 @@ def two_sample_accuracy(made, real, groups, seed=0, n_folds=4, n_updates=80, des
         for k in tqdm(range(n_folds), desc=desc, unit="fold", disable=desc is None):
             torch.manual_seed(seed + k)
             seen, held = (torch.from_numpy(np.flatnonzero(m)) for m in (fold != k, fold == k))
-            if not len(held):
-                continue
-            network = _judge(x[seen], y[seen], n_updates)
-            with torch.inference_mode():
-                right += int(((network(x[held])[:, 0] > 0) == y[held].bool()).sum())
+            if len(held):
+                network = _judge(x[seen], y[seen], n_updates)
+                with torch.inference_mode():
+                    right += int(((network(x[held])[:, 0] > 0) == y[held].bool()).sum())
     return _wilson(right, len(y))
 
 
+def _folds(names, seed):
+    """N names -> N numbers, the same for the same name, in an order of chance."""
+    _, which = np.unique(np.asarray(names), return_inverse=True)
+    return np.random.default_rng(seed).permutation(which.max() + 1)[which]
+
+
 def _judge(x, y, n_updates):
-    """A small convolutional classifier, trained."""
+    """A small convolutional classifier, trained on crops: what gives a sample away is texture."""
     layers, channels = [], 1
     for width in (16, 32, 64, 64):
-        layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.BatchNorm2d(width)]
+        layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GroupNorm(4, width)]
         layers.append(nn.ReLU())
         channels = width
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1))
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
     for _ in range(n_updates):
         batch = torch.randint(len(x), (BATCH,))
-        loss = F.binary_cross_entropy_with_logits(network(x[batch])[:, 0], y[batch])
+        i, j = (int(torch.randint(max(1, n - CROP + 1), ())) for n in x.shape[2:])
+        crops = x[batch, :, i : i + CROP, j : j + CROP]
+        loss = F.binary_cross_entropy_with_logits(network(crops)[:, 0], y[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

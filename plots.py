@@ -166,6 +166,23 @@ def completions(whole, hidden, drawn, path, config, note):
     _save(figure, path)
 
 
+def nearest(images, neighbours, ssim, numbers, path, config):
+    """Samples above the training slices most like them (N, H, W), and what differs."""
+    figure, axes = _panels(3, len(images), images.shape[1:])
+    for i in range(len(images)):
+        axes[0, i].imshow(images[i], cmap="gray", vmin=0, vmax=1)
+        axes[0, i].set_title(f"sample {numbers[i]}", fontsize=9)
+        axes[1, i].imshow(neighbours[i], cmap="gray", vmin=0, vmax=1)
+        axes[1, i].set_title(f"SSIM {ssim[i]:.3f}", fontsize=9)
+        difference = images[i] - neighbours[i]
+        shown = axes[2, i].imshow(difference, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
+    for axis, text in zip(axes[:, 0], ("sample", "training slice", "difference"), strict=True):
+        axis.set_ylabel(text)
+    figure.colorbar(shown, ax=axes[2], label="sample - slice", fraction=0.05, aspect=12)
+    figure.suptitle(_title(config, "the samples most like a training slice, and that slice"))
+    _save(figure, path)
+
+
 def data_set(data, out):
     """contact_sheet.png, slices of every split of a `dataset.SliceData`, and histogram.png."""
     columns, (h, w) = 8, data.size

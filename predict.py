@@ -24,6 +24,7 @@ import utils
 from utils import UserError
 
 N_SHOWN = 8  # slices in the figures of reconstructions and code maps
+N_JUDGED = 512  # samples at most that are compared with real slices
 WRITTEN = ("metrics.json", "per_slice.csv", "*.png", "surprise/*.nii.gz", "samples/sample_*")
 PROTOCOL = {
     "images": "float32 in [0, 1]; reconstructions clipped to it",
@@ -132,10 +133,11 @@ def main():
         write_surprise(bits, split, data, config, out, args.n_maps)
     write_rows(out / "per_slice.csv", split, rows)
     if prior is not None and args.n_samples:
-        draw_samples(args, vq_vae, prior, label, data, config, device, out, result)
+        images = draw_samples(args, vq_vae, prior, label, data, config, device, out, result)
+        judge_samples(images, vq_vae, data, split, config, device, out, result, args.seed)
         complete(args, vq_vae, prior, codes, labels, split, config, device, out)
     utils.write_json(out / "metrics.json", result)
-    summarise(result, out, data)
+    summarise(result, out, data, args.split)
 
 
 def check_size(run_dir, config, size):
@@ -358,6 +360,75 @@ def draw_samples(args, vq_vae, prior, label, data, config, device, out, result):
         "label": args.label,
         "position": args.position,
     }
+    return images
+
+
+def judge_samples(images, vq_vae, data, split, config, device, out, result, seed):
+    """Are the samples good, varied, new? Each figure beside that of as many real slices.
+
+    The yardstick "real" are training slices, judged against the split as the samples are; for
+    novelty, slices of the split, looked up among the training slices as the samples are.
+    """
+    n = min(len(images), len(split), len(data["train"]), N_JUDGED)
+    if n < 8:
+        print("note: samples are judged from 8 on; fewer are drawn only", file=sys.stderr)
+        return
+    rng = np.random.default_rng(seed)
+    which = {
+        name: np.sort(rng.choice(len(part), n, replace=False))
+        for name, part in (("train", data["train"]), ("held", split))
+    }
+    made = images[:n]
+    real = {name: (data["train"] if name == "train" else split).batch(which[name])[:, 0].numpy()
+            for name in which}  # fmt: skip
+    again = {name: metrics.through(vq_vae, x, device) for name, x in real.items()}
+    held, train = real["held"], real["train"]
+    seen = {"samples": made, "real": train, "reconstructions": again["held"]}
+    features = {name: metrics.features(vq_vae, x, device) for name, x in seen.items()}
+    of_held = metrics.features(vq_vae, held, device)
+
+    result["samples"]["judged"] = n
+    for name, measure in (
+        ("wasserstein", lambda x, f: metrics.sliced_wasserstein(x, held, seed)),
+        ("frechet", lambda x, f: metrics.frechet_distance(f, of_held)),
+        ("precision", lambda x, f: metrics.precision_recall(of_held, f)[0]),
+        ("recall", lambda x, f: metrics.precision_recall(of_held, f)[1]),
+        ("pairwise_ssim", lambda x, f: metrics.pairwise_ssim(x, seed)),
+    ):
+        result["samples"][name] = {kind: measure(seen[kind], features[kind]) for kind in seen}
+    best = {
+        kind: metrics.nearest(seen[kind], split, desc=f"best match of {kind}")[1]
+        for kind in ("samples", "real")
+    }
+    result["samples"]["best_match_ssim"] = {kind: float(x.mean()) for kind, x in best.items()}
+
+    nearest, ssim = metrics.nearest(made, data["train"], desc="nearest training slice")
+    _, of_real = metrics.nearest(held, data["train"], desc="the same for real slices")
+    own = [metrics.slice_scores(x, y)["ssim"] for x, y in zip(train, again["train"], strict=True)]
+    limit = float(np.percentile(own, 5))
+    result["samples"]["nearest_training_ssim"] = {
+        "samples": float(ssim.mean()),
+        "real": float(of_real.mean()),
+        "highest_sample": float(ssim.max()),
+        "highest_real": float(of_real.max()),
+        "copy_from": limit,
+        "copies": [int(i) for i in np.flatnonzero(ssim >= limit)],
+    }
+    order = np.argsort(-ssim)[:N_SHOWN]
+    neighbours = data["train"].batch(nearest[order])[:, 0].numpy()
+    plots.nearest(made[order], neighbours, ssim[order], order, out / "nearest.png", config)
+
+    groups = {"held": [split.patients[i] for i in which["held"]],
+              "train": [data["train"].patients[i] for i in which["train"]]}  # fmt: skip
+    accuracy, interval = metrics.two_sample_accuracy(
+        made, again["held"], groups["held"], seed=seed, desc="telling samples from real"
+    )
+    yardstick, _ = metrics.two_sample_accuracy(
+        again["train"], again["held"], groups["held"], groups["train"], seed, desc="real from real"
+    )
+    result["samples"]["two_sample_accuracy"] = {
+        "samples": accuracy, "samples_ci95": interval, "real": yardstick,
+    }  # fmt: skip
 
 
 def in_units(image, data):
@@ -368,7 +439,7 @@ def in_units(image, data):
     return units
 
 
-def summarise(result, out, data):
+def summarise(result, out, data, split):
     """The five lines a user reads first."""
     r, c, p, s = (result[k] for k in ("reconstruction", "codebook", "prior", "samples"))
     ci = r["ssim_ci95"]
@@ -386,6 +457,15 @@ def summarise(result, out, data):
         print(f"prior          {bits}")
     if s:
         print(f"samples        {s['n']} in {s['seconds']:.1f} s")
+        if "judged" in s:
+            match, near, told = (
+                s[k] for k in ("best_match_ssim", "nearest_training_ssim", "two_sample_accuracy")
+            )
+            print(
+                f"               best match in {split} {match['samples']:.3f} (real slices "
+                f"{match['real']:.3f}); {len(near['copies'])} copies of training slices; told from "
+                f"real ones {100 * told['samples']:.0f} % of the time (50 is chance)"
+            )
     else:
         print(f"samples        skipped ({'--n_samples 0' if p else 'the run has no prior'})")
     print(f"pictures and numbers are in {out}")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from skimage.metrics import structural_similarity
 
 import metrics
@@ -98,3 +99,85 @@ def test_interval_draws_patients_not_slices():
     expected = 2 * 1.96 * level.std() / np.sqrt(8)
     assert high - low == pytest.approx(expected, rel=0.15)
     assert metrics.patient_interval(values, np.full(400, "one")) is None
+
+
+# --------------------------------------------------------------------------------- samples
+
+
+def test_frechet_distance_of_two_normals_is_the_closed_form():
+    rng = np.random.default_rng(0)
+    a = rng.normal(0, 1, (200_000, 2)) * (1, 3)
+    b = rng.normal(0, 1, (200_000, 2)) * (2, 3) + (1, 0)
+    assert metrics.frechet_distance(a, b) == pytest.approx(1 + (2 - 1) ** 2, abs=0.05)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_sliced_wasserstein_sees_texture_at_the_fine_level_and_shape_at_the_coarse():
+    rng = np.random.default_rng(0)
+    shapes = ndimage.gaussian_filter(rng.random((2, 24, 64, 64)), (0, 0, 8, 8)) * 20
+    noise = 0.05 * rng.standard_normal((2, 24, 64, 64))
+    a, b = shapes + noise
+    same = metrics.sliced_wasserstein(a, b)
+    smooth = metrics.sliced_wasserstein(a, ndimage.uniform_filter(b, (0, 3, 3)))
+    assert len(same) == 3  # 64, 32 and 16 pixels
+    assert smooth[0] > 1.5 * same[0]
+    assert smooth[-1] < 1.2 * same[-1]
+    assert metrics.sliced_wasserstein(a, a)[0] < same[0]  # other patches of the same slices
+
+
+def test_precision_and_recall_of_points_on_a_line():
+    real = np.arange(20.0)[:, None]
+    assert metrics.precision_recall(real, real + 0.1) == (1, 1)
+    assert metrics.precision_recall(real, real + 1000) == (0, 0)
+    precision, recall = metrics.precision_recall(real, 5 + 0.1 * np.arange(20.0)[:, None])
+    assert precision == 1  # all within the real ones
+    assert recall < 0.3  # but from a corner of them
+
+
+class Slices:
+    """What `nearest` needs of a split."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, indices):
+        return torch.from_numpy(self.images[indices].astype(np.float32))[:, None]
+
+
+def test_nearest_finds_the_most_similar_slice():
+    rng = np.random.default_rng(0)
+    images = ndimage.gaussian_filter(rng.random((50, 32, 24)), (0, 2, 2)) * 4 - 1.5
+    noisy = images[[7, 31]] + 0.02 * rng.standard_normal((2, 32, 24))
+    found, ssim = metrics.nearest(noisy, Slices(images))
+    assert found.tolist() == [7, 31]
+    for i, k in enumerate((7, 31)):
+        expected = structural_similarity(noisy[i], images[k], data_range=1.0)
+        assert ssim[i] == pytest.approx(expected, abs=1e-4)
+
+
+def test_pairwise_ssim_is_one_of_copies_and_less_of_others():
+    rng = np.random.default_rng(0)
+    image = rng.random((1, 32, 32))
+    assert metrics.pairwise_ssim(image.repeat(5, 0), n_pairs=20) == pytest.approx(1)
+    assert metrics.pairwise_ssim(rng.random((5, 32, 32)), n_pairs=20) < 0.2
+
+
+def test_a_judge_tells_smooth_from_noisy_and_not_alike_from_alike():
+    rng = np.random.default_rng(0)
+    sharp = rng.random((3, 32, 32, 32))
+    smooth = ndimage.uniform_filter(sharp[0], (0, 3, 3))
+    patients = np.repeat(np.arange(8), 4)
+    told, _ = metrics.two_sample_accuracy(smooth, sharp[1], patients, n_updates=30)
+    assert told > 0.9
+    chance, (low, high) = metrics.two_sample_accuracy(sharp[2], sharp[1], patients, n_updates=30)
+    assert low < 0.5 < high
+    assert low < chance < high
+
+
+def test_wilson_interval_against_its_defining_equation():
+    p, (low, high) = metrics._wilson(70, 100)
+    for bound in (low, high):  # where p is 1.96 standard errors away
+        assert abs(p - bound) == pytest.approx(1.96 * np.sqrt(bound * (1 - bound) / 100))
