@@ -6,12 +6,11 @@
 A row is the preset `demo` with the flags named, or with a variant that was tried and is not part of
 the project: the rotation trick (Fifty et al. 2024, arXiv 2410.06424) and finite scalar quantisation
 (Mentzer et al. 2023, arXiv 2309.15505). Rows run side by side, each on a core of its own, with the
-budget counted in processor seconds. Writes benchmarks/results/OUT.json; rows already there are kept
-unless named.
+budget counted in processor seconds. Writes benchmarks/results/OUT.json; rows already there with the
+same budget are kept unless named.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +31,7 @@ ROWS = {
     "K=256": ["--n_embeddings", "256"],
     "K=1024": ["--n_embeddings", "1024"],
     "codebook by loss": ["--codebook", "loss"],
-    "no revival": [],
+    "no k-means, no revival": [],
     "no diversity term": ["--diversity", "0"],
     "loss mse": ["--loss", "mse"],
     "loss l1": ["--loss", "l1"],
@@ -80,7 +79,7 @@ class FiniteScalar(torch.nn.Module):
 def apply(row):
     """Change what the row's name says and no flag can."""
     presets = harness.train.PRESETS["demo"]["vq_vae"]
-    if row == "no revival":
+    if row == "no k-means, no revival":
         presets["model"]["revive"] = False
     elif row == "strided stem":
         presets["model"]["stem"] = "strided"
@@ -121,8 +120,8 @@ def main():
     p.add_argument("--out", default="ablation", help="name of the file of results")
     args = p.parse_args()
     data = harness.load(args.data)
-    path = harness.RESULTS / f"{args.out}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else {}
+    budget = {"data": data.name, "seconds_of_one_core": args.seconds}
+    rows = harness.rows_so_far(args.out, budget)
     with ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         runs = [pool.submit(run, args.data, row, args.seconds) for row in args.rows]
         for done in runs:
@@ -130,12 +129,12 @@ def main():
             rows[row] = figures
             test = figures["test"]
             print(
-                f"{row:20s} {figures['updates']:5d} updates, SSIM {test['ssim']:.4f}, body "
+                f"{row:22s} {figures['updates']:5d} updates, SSIM {test['ssim']:.4f}, body "
                 f"{test['ssim_body']:.4f}, PSNR {test['psnr']:.2f}, {test['used']} codes, "
                 f"perplexity {test['perplexity']:.0f}", flush=True,
             )  # fmt: skip
-            harness.save(args.out, {"data": data.name, "seconds_of_one_core": args.seconds,
-                                      "rows": {name: rows[name] for name in ROWS if name in rows}})
+            ordered = {name: rows[name] for name in ROWS if name in rows}
+            harness.save(args.out, budget | {"rows": ordered})
 
 
 if __name__ == "__main__":

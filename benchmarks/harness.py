@@ -54,10 +54,11 @@ def train_for(seconds, data, run_dir, argv, clock=time.perf_counter, scheduled=T
         clock: what the seconds are of; `time.process_time` where several trainings share the cores.
         scheduled: fit the learning rate's schedule into the time; else stop when time is up.
     Returns:
-        [(seconds since the start, entry of log.jsonl), ...], about one entry every 15 seconds.
+        [(seconds since the start, entry of log.jsonl), ...], one entry in about 15 seconds, or in
+        10 updates if not scheduled.
     """
     if not scheduled:
-        flags = ["--n_updates", "1000000", "--log_interval", "5"]
+        flags = ["--n_updates", "1000000", "--log_interval", "10"]
         return _run(seconds, data, run_dir, [*argv, *flags], clock)[0]
     with tempfile.TemporaryDirectory() as scratch:
         for part in ("vq_vae", "codes"):
@@ -125,3 +126,11 @@ def test_figures(data, run_dir):
 
 def save(name, result):
     utils.write_json(RESULTS / f"{name}.json", {**result, "versions": utils.versions()})
+
+
+def rows_so_far(name, budget):
+    """Rows of an earlier call with the same budget, a dict of what the file has beside its rows."""
+    path = RESULTS / f"{name}.json"
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    is_same = all(stored.get(key) == value for key, value in budget.items())
+    return stored["rows"] if stored and is_same else {}

@@ -10,7 +10,6 @@ core. Writes benchmarks/results/prior.json, or prior_ablation.json.
 """
 
 import argparse
-import json
 import shutil
 import tempfile
 import time
@@ -179,14 +178,14 @@ def run_row(path, base, row, seconds):
 
 
 def ablation(data, path, base, seconds, names):
-    file = harness.RESULTS / "prior_ablation.json"
-    rows = json.loads(file.read_text())["rows"] if file.exists() else {}
+    budget = {"data": data.name, "seconds_of_one_core": seconds}
+    rows = harness.rows_so_far("prior_ablation", budget)
     with ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for done in [pool.submit(run_row, path, base, name, seconds) for name in names]:
             row, rows[row] = done.result()
             print(f"{row:24s} {rows[row]}", flush=True)
-            harness.save("prior_ablation", {"data": data.name, "seconds_of_one_core": seconds,
-                                            "rows": {n: rows[n] for n in ROWS if n in rows}})
+            ordered = {name: rows[name] for name in ROWS if name in rows}
+            harness.save("prior_ablation", budget | {"rows": ordered})
 
 
 def main():
