@@ -150,7 +150,7 @@ class SliceData:
     zooms: tuple[float, ...]
     intensity_scale: float
     splits: dict[str, SliceSplit] = field(repr=False)
-    common: tuple[int, int]  # size of most slices as stored, before any --image_size
+    common: tuple[int, int] | None  # size of most slices as stored; None: each is seen alone
     cut: dict[str, int] = field(repr=False)  # array axis across which a volume was cut, by path
 
     def affine_of(self, item: Slice) -> np.ndarray:
@@ -251,6 +251,45 @@ def load(
         report["classes"], report, index["fingerprint"], affine,
         tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist()), index["intensity_scale"], splits,
         tuple(index["common"]), {f"{root}/{path}": axis for path, axis in index["cut"].items()},
+    )  # fmt: skip
+
+
+def load_alone(path, size) -> SliceData:
+    """A slice, or a folder of slices, of no data set: one split, "input", nothing cached.
+
+    Each slice is scaled by its own percentile, shrunk, cropped or padded to size (H, W); its
+    position and label are unknown.
+
+    Raises UserError for what the user can mend.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        root, names, bad = path.parent, [path.name], {}
+    else:
+        root = path
+        files, bad, _ = _walk(path)
+        names = [os.path.join(folder, name).lstrip("/") for folder, name, *_ in files]
+    images, slices = [], []
+    for name in names:
+        found = _images(str(root), name, None, [0])
+        if isinstance(found, str):
+            bad[name] = found
+            continue
+        shift, scale, *_ = _window(found)
+        image = _fit((found[0] - shift) * np.float32(1 / scale), found[0].shape, size)
+        images.append(np.rint(image.clip(0, 1) * 65535).astype(np.uint16))
+        slices.append(Slice(f"{root}/{name}", "input", name, name, None, -1.0, 0))
+    if bad:
+        first = "; ".join(f"{name} ({why})" for name, why in sorted(bad.items())[:10])
+        raise UserError(f"{path}: cannot be read: {first}; give slices, one image in each file")
+    n, unknown = len(slices), np.full(len(slices), -1)
+    split = SliceSplit(np.stack(images), unknown, unknown.astype(np.float32), names, slices)
+    fingerprint = hashlib.sha256(split.images.tobytes()).hexdigest()[:32]
+    report = {"splits": {"input": {"slices": n, "patients": n}}, "split_origin": "not needed"}
+    report |= {"cropped": 0, "padded": 0, "shrunk": 0, "unreadable": 0, "patients_separable": True}
+    return SliceData(
+        path.name, False, "single slices", tuple(size), [], report, fingerprint, np.eye(4),
+        (1.0, 1.0, 1.0), 1.0, {"input": split}, None, {},
     )  # fmt: skip
 
 
@@ -652,7 +691,8 @@ def _grid_affine(path, plane, axis, common, size):
         affine = _turned(affine, axis, plane)
         shape = [n for a, n in enumerate(shape[:3]) if a != axis]
     grid = np.eye(4)
-    for a, (small, offset) in enumerate(zip(*_placed(shape[:2], common, size), strict=True)):
+    placed = _placed(shape[:2], common or shape[:2], size)
+    for a, (small, offset) in enumerate(zip(*placed, strict=True)):
         ratio = shape[a] / small
         grid[a, a], grid[a, 3] = ratio, (offset + 0.5) * ratio - 0.5  # pixel centres
     return affine @ grid

@@ -45,7 +45,12 @@ def parser():
     run = p.add_argument_group("run")
     run.add_argument("--run_dir", metavar="DIR", default="runs/demo", help="where the run lives")
     run.add_argument("--split", choices=dataset.SPLITS, default="test", help="split to score")
-    run.add_argument("--out", metavar="DIR", help="where to write (default: RUN_DIR/predict)")
+    run.add_argument(
+        "--input", metavar="PATH",
+        help="a slice of your own, or a folder of them, to score instead of a split",
+    )
+    text = "where to write (default: RUN_DIR/predict, or RUN_DIR/input with --input)"
+    run.add_argument("--out", metavar="DIR", help=text)
     run.add_argument(
         "--n_maps", type=utils.at_least(0), metavar="N", default=64,
         help="slices, from all over the split, whose surprise is written as NIfTI",
@@ -90,13 +95,17 @@ def main():
     vq_vae = utils.load_model(run_dir, "vq_vae", device)
     label = pick_label(args.label, config["data"]["classes"])
     prior = load_prior(run_dir, device)
-    arguments = utils.data_arguments(args, dataset.load, config["data"]["arguments"])
-    utils.announce(arguments)
-    check_size(run_dir, config, arguments.get("image_size"))
-    data = dataset.load(**arguments)
+    if args.input:
+        data = dataset.load_alone(args.input, config["data"]["size"])
+        args.split, args.n_samples = "input", 0
+    else:
+        arguments = utils.data_arguments(args, dataset.load, config["data"]["arguments"])
+        utils.announce(arguments)
+        check_size(run_dir, config, arguments.get("image_size"))
+        data = dataset.load(**arguments)
     print(data.describe())
     check_size(run_dir, config, data.size)
-    out = Path(args.out or run_dir / "predict")
+    out = Path(args.out or run_dir / ("input" if args.input else "predict"))
     utils.make_folder(out)
     for old in [path for pattern in WRITTEN for path in out.glob(pattern)]:
         old.unlink()  # or pictures of an earlier call would pass for this one's
@@ -467,7 +476,8 @@ def summarise(result, out, data, split):
                 f"real ones {100 * told['samples']:.0f} % of the time (50 is chance)"
             )
     else:
-        print(f"samples        skipped ({'--n_samples 0' if p else 'the run has no prior'})")
+        why = "--input" if split == "input" else "--n_samples 0" if p else "the run has no prior"
+        print(f"samples        skipped ({why})")
     print(f"pictures and numbers are in {out}")
 
 

@@ -174,6 +174,30 @@ def test_pictures_open(predicted, run_dir):
             assert min(picture.size) > 300
 
 
+def test_a_slice_of_ones_own_is_reconstructed_and_scored(run_dir, data, tmp_path):
+    path = sorted((data / "keras_slices_test").iterdir())[1]
+    call(f"predict.py --run_dir {run_dir} --input {path} --out {tmp_path / 'one'}")
+    (row,) = csv.DictReader((tmp_path / "one" / "per_slice.csv").open())
+    raw = nib.load(path).get_fdata().squeeze().astype(np.float32)
+    x = (raw / np.percentile(raw, 99.5)).clip(0, 1)
+    model = utils.load_model(run_dir, "vq_vae")
+    y = model(torch.from_numpy(x)[None, None])[0][0, 0].detach().clamp(0, 1).numpy()
+    expected = structural_similarity(x, y, data_range=1.0)
+    assert float(row["ssim"]) == pytest.approx(expected, abs=1e-3)
+    assert len(list((tmp_path / "one" / "surprise").iterdir())) == 1
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.fromarray((x * 255).astype(np.uint8)).resize((256, 512)).save(pictures / "large.png")
+    Image.fromarray((x * 255).astype(np.uint8)).crop((9, 9, 60, 80)).save(pictures / "small.png")
+    call(f"predict.py --run_dir {run_dir} --input {pictures} --out {tmp_path / 'two'}")
+    rows = list(csv.DictReader((tmp_path / "two" / "per_slice.csv").open()))
+    assert [row["file"] for row in rows] == ["large.png", "small.png"]
+    (pictures / "broken.png").write_bytes(b"no picture")
+    mistake(f"predict.py --run_dir {run_dir} --input {pictures}", "broken.png")
+    mistake(f"predict.py --run_dir {run_dir} --input {tmp_path / 'none'}", "none")
+
+
 def test_without_samples(run_dir, tmp_path):
     out, _ = call(f"predict.py --run_dir {run_dir} --n_samples 0 --out {tmp_path / 'out'}")
     assert "skipped" in out
