@@ -193,10 +193,11 @@ def main():
     data = dataset.load(**arguments)
     print(data.describe())
     args.data_arguments = arguments
-    if args.mode == "vq_vae":
-        train_vq_vae(args, run_dir, settings, data, device)
-    else:
-        train_pixelcnn(args, run_dir, settings, data, device, first)
+    with utils.only_one(run_dir / f".{args.mode}.lock"):
+        if args.mode == "vq_vae":
+            train_vq_vae(args, run_dir, settings, data, device)
+        else:
+            train_pixelcnn(args, run_dir, settings, data, device, first)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -365,7 +366,8 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     state = {"update": 0, "best": None, "best_update": 0, "skipped": 0}
     if args.fresh and directory.exists():
         shutil.rmtree(directory)
-    log = resume(directory, config, model, averaged, optimizer, state)
+    running = []  # losses since the last validation
+    log = resume(directory, config, model, averaged, optimizer, state, running)
     if is_done(log, state, options):
         print(
             f"{directory} is finished: {state['update']} updates, best validation {key} "
@@ -374,11 +376,11 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
         return
     utils.write_json(directory / "config.json", config)
     shown = {}
-    running = []
     diverged = f"{directory}: {{}} at update {{}}; what was saved is good; lower --learning_rate"
+    stopped = f"{directory}: saved at update {{}}; the same command goes on from there"
     skipped = 0  # updates in a row without a finite gradient
     total = {"total": options["n_updates"], "initial": state["update"], "unit": "update"}
-    with tqdm(**total, desc=args.mode) as bar:
+    with tqdm(**total, desc=args.mode) as bar, utils.noted_signals() as signals:
         while not is_done(log, state, options):
             update = state["update"]
             torch.manual_seed(hash((options["seed"], update)) % 2**63)
@@ -408,6 +410,11 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
             bar.set_postfix(loss=f"{loss.item():.3f}", **shown)
             is_due = update % options["log_interval"] == 0 or update == options["n_updates"]
             if not (is_due and running):
+                if signals:
+                    save_checkpoint(
+                        directory, config, log, model, averaged, optimizer, state, running
+                    )
+                    raise utils.Stopped(signals[0], stopped.format(update))
                 continue
 
             averaged.eval()
@@ -424,12 +431,14 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
             if state["best"] is None or beats(figures[key], state["best"]):
                 state["best"], state["best_update"] = figures[key], update
                 utils.save_model(averaged, directory / "model.safetensors")
-            save_checkpoint(directory, config, log, model, averaged, optimizer, state)
+            save_checkpoint(directory, config, log, model, averaged, optimizer, state, running)
             if "used" in figures and is_collapsing(**figures):
                 bar.write(
                     f"warning: the codebook collapses: after {update} updates {figures['used']} of "
                     f"{figures['size']} codes are in use, perplexity {figures['perplexity']:.1f}"
                 )
+            if signals and not is_done(log, state, options):
+                raise utils.Stopped(signals[0], stopped.format(update))
     if state["best"] is None:
         raise UserError(diverged.format("no finite gradient", state["update"]))
     best_so_far = f"{state['best']:.4f} at update {state['best_update']}"
@@ -478,10 +487,11 @@ def average(averaged, model, decay):
             a.copy_(b)
 
 
-def save_checkpoint(directory, config, log, model, averaged, optimizer, state):
+def save_checkpoint(directory, config, log, model, averaged, optimizer, state, running):
     lines = "".join(json.dumps(entry) + "\n" for entry in log)
     utils.write_atomically(directory / "log.jsonl", lambda path: path.write_text(lines))
-    plots.curves(log, directory / "curves.png", config)
+    if log:
+        plots.curves(log, directory / "curves.png", config)
     checkpoint = {
         "format_version": utils.FORMAT_VERSION,
         "model": model.state_dict(),
@@ -489,14 +499,17 @@ def save_checkpoint(directory, config, log, model, averaged, optimizer, state):
         "optimizer": optimizer.state_dict(),
         "state": dict(state),
         "log": log,
+        "running": running,
     }
     utils.write_atomically(
         directory / "checkpoint.pt", lambda path: torch.save(checkpoint, path)
     )
 
 
-def resume(directory, config, model, averaged, optimizer, state):
+def resume(directory, config, model, averaged, optimizer, state, running):
     """Load the checkpoint of an unfinished run, if there is one, and return its log.
+
+    Fills in model, averaged, optimizer, state, and running.
 
     Raises:
         UserError: the directory holds a run with other settings or other data.
@@ -532,6 +545,7 @@ def resume(directory, config, model, averaged, optimizer, state):
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: damaged ({reason}); start over with --fresh") from error
     state |= checkpoint["state"]
+    running += checkpoint.get("running", [])
     return checkpoint["log"]
 
 

@@ -1,12 +1,15 @@
 """What both stages share: errors, runtime, run directories, SSIM."""
 
 import argparse
+import contextlib
 import hashlib
 import inspect
 import json
 import os
 import platform
+import signal
 import sys
+import threading
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +20,11 @@ import torch
 import torch.nn.functional as F
 
 import modules
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 FORMAT_VERSION = 1  # of config.json and checkpoint.pt
 STAGES = {  # name of a stage: its configuration and its network
@@ -33,6 +41,10 @@ class UserError(Exception):
     """A mistake the user can mend: one line that says which file, what is wrong, what to do."""
 
 
+class Stopped(Exception):
+    """A signal ended a command that had time to save its work; args: its number, what to say."""
+
+
 def run_main(main):
     """Run a command; a `UserError` becomes one line on stderr and exit status 2."""
     try:
@@ -40,9 +52,62 @@ def run_main(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        number, text = stopped.args
+        print(f"\n{text}", file=sys.stderr)
+        sys.exit(128 + number)
     except KeyboardInterrupt:
-        print("\nstopped; training goes on from its last validation if run again", file=sys.stderr)
+        print("\nstopped; training goes on from what it saved last if run again", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """A list to which the first Ctrl-C or SIGTERM adds its number; a second one acts as ever."""
+    noted, before = [], {}
+
+    def note(number, _):
+        noted.append(number)
+        print("\nstopping after this update; once more to leave at once", file=sys.stderr)
+        restore()
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
+def only_one(path):
+    """Hold the lock file `path`, or raise a UserError that names the process which holds it."""
+    if fcntl is None:  # no such locks on this system
+        yield
+        return
+    make_folder(path.parent)
+    try:
+        file = open(path, "a+")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{path.parent}: process {file.read().strip()} is training here; wait for it, or "
+                f"choose another --run_dir"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -1,14 +1,18 @@
 """Training: the order of the data, and runs that are stopped and go on."""
 
 import json
+import os
+import signal
 from collections import Counter
 
 import numpy as np
+import pytest
 import torch
 from conftest import SMALL_PRIOR, SMALL_VQ_VAE, call
 from safetensors.torch import load_file
 
 import train
+import utils
 
 
 def test_every_slice_is_seen_once_an_epoch_in_an_order_of_the_seed():
@@ -65,11 +69,44 @@ def stop_after(run, flags, n):
         "save = train.save_checkpoint\n"
         "def save_and_die(*args):\n"
         "    save(*args)\n"
-        f"    if args[-1]['update'] == {n}: os._exit(9)\n"
+        f"    if args[-2]['update'] == {n}: os._exit(9)\n"
         "train.save_checkpoint = save_and_die\n"
         "train.main()\n"
     )
     call(["-c", code, *flags.split(), "--run_dir", run], code=9)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_update_saves_and_the_run_goes_on(
+    number, status, data, run_dir, tmp_path
+):
+    """The signal comes in the middle of update 2, between two validations."""
+    flags = f"--mode vq_vae --data {data} {SMALL_VQ_VAE}"
+    code = (
+        "import os, train, utils\n"
+        "original, calls = train.batch_indices, []\n"
+        "def batch_indices(*args):\n"
+        "    calls.append(0)\n"
+        f"    if len(calls) == 2: os.kill(os.getpid(), {int(number)})\n"
+        "    return original(*args)\n"
+        "train.batch_indices = batch_indices\n"
+        "utils.run_main(train.main)\n"
+    )
+    _, err = call(["-c", code, *flags.split(), "--run_dir", tmp_path / "run"], code=status)
+    assert "saved at update 2; the same command goes on" in err
+    call(f"train.py --run_dir {tmp_path / 'run'} {flags}")
+    for name in ("model.safetensors", "log.jsonl"):
+        resumed, whole = (path / "vq_vae" / name for path in (tmp_path / "run", run_dir))
+        assert resumed.read_bytes() == whole.read_bytes(), name
+
+
+def test_two_runs_in_one_directory(data, tmp_path):
+    with utils.only_one(tmp_path / ".vq_vae.lock"):
+        words = f"train.py --mode vq_vae --data {data} --run_dir {tmp_path} {SMALL_VQ_VAE}"
+        _, err = call(words, code=2)
+    assert f"process {os.getpid()} is training here" in err
+    assert not (tmp_path / "vq_vae").exists()
+    call(words)
 
 
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(data, tmp_path):
