@@ -1,5 +1,9 @@
 """Every figure: training curves, reconstructions, code maps, samples."""
 
+import base64
+import html
+import json
+
 import matplotlib
 
 matplotlib.use("Agg")  # no screen is needed, or looked for
@@ -183,6 +187,48 @@ def nearest(images, neighbours, ssim, numbers, path, config):
     _save(figure, path)
 
 
+def by_place(ssim, positions, patients, path, config):
+    """SSIM of each slice by its position in the volume, and by patient (at most 40 of them)."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.plot(positions, ssim, "C0.", markersize=3, alpha=0.6)
+    left.set(xlabel="relative position in the volume", ylabel="SSIM", title="by position")
+    names = np.unique(patients)
+    shown = names[:40]
+    right.boxplot([ssim[patients == name] for name in shown], showfliers=False)
+    right.set(xlabel="patient", ylabel="SSIM", title=f"by patient ({len(shown)} of {len(names)})")
+    right.set_xticks(range(1, len(shown) + 1), [name[-10:] for name in shown], rotation=90)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.suptitle(_title(config, "SSIM of reconstructions"))
+    _save(figure, path)
+
+
+def usage(counts, path, config):
+    """How often each code is used over a split, the most used first; counts: (K,)."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    share = np.sort(counts)[::-1] / counts.sum()
+    axis.plot(np.arange(1, len(share) + 1), np.where(share > 0, share, np.nan), "C0")
+    axis.axhline(1 / len(share), color="C1", label="all codes alike")
+    axis.set(yscale="log", xlabel="code, the most used first", ylabel="share of all places")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    used = int((counts > 0).sum())
+    figure.suptitle(_title(config, f"usage of the codebook, {used} of {len(counts)} codes"))
+    _save(figure, path)
+
+
+def interpolations(images, path, config):
+    """Images (N, n, H, W) on the way from one slice's codes to another's, a row each."""
+    rows, columns = images.shape[:2]
+    figure, axes = _panels(rows, columns, images.shape[2:], width=1.3)
+    for row, of_row in zip(axes, images, strict=True):
+        for j, (axis, image) in enumerate(zip(row, of_row, strict=True)):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+            axis.set_title(f"{j / (columns - 1):.2f}", fontsize=9)
+    figure.suptitle(_title(config, "between two slices, a straight line between their codes"))
+    _save(figure, path)
+
+
 def data_set(data, out):
     """contact_sheet.png, slices of every split of a `dataset.SliceData`, and histogram.png."""
     columns, (h, w) = 8, data.size
@@ -207,3 +253,123 @@ def data_set(data, out):
     sheet.suptitle(data.describe(), fontsize=8)
     _save(sheet, out / "contact_sheet.png")
     _save(histogram, out / "histogram.png")
+
+
+# ------------------------------------------------------------------------------------------------
+# The report page
+# ------------------------------------------------------------------------------------------------
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+img { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; break-inside: avoid; }
+figcaption { font-size: 0.9rem; color: #444; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; } td, th { padding: 0.2rem 0.8rem 0.2rem 0; text-align: left; }
+tr { border-bottom: 1px solid #ddd; } td.number { text-align: right; }
+.phantom { background: #fe9; padding: 0.5rem; }
+pre { font-size: 0.8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+"""
+CAPTIONS = {
+    "reconstructions": "Slices, what is left of them after coding, and the difference.",
+    "codes": "Each code has the colour of its place in the codebook; like codes, like colours.",
+    "ssim": "Where in the volume, and in whom, reconstruction is better or worse.",
+    "usage": "A healthy codebook has no code that is hardly ever used.",
+    "interpolations": "Halfway between two slices lies no third one, if the codes are discrete.",
+    "samples": "Slices drawn from the prior. No scanner took them and they are of no patient.",
+    "nearest": "The samples most like a training slice, and that slice: are they copies?",
+    "completions": "A part of each slice was hidden and drawn anew from what was left.",
+    "surprise": "Bits each code costs under the prior: bright where a slice is unlike the others.",
+}
+
+
+def report(result, config, out):
+    """Write report.html, one page with every number and picture of a call to predict.py.
+
+    The pictures are inside the file; nothing is fetched, nothing runs.
+
+    Args:
+        result: what goes into metrics.json. config: of stage 1. out: folder with the pictures.
+    """
+    name = html.escape(utils.data_name(config))
+    parts = [f"<h1>Reconstructions and samples: {name}</h1>"]
+    if config["data"]["is_phantom"]:
+        text = "PHANTOM: synthetic slices; nothing here is of a patient."
+        parts.append(f'<p class="phantom">{text}</p>')
+    splits = {
+        split: f"{n['slices']} slices of {n['patients']} patients"
+        for split, n in result["data"]["report"]["splits"].items()
+    }
+    parts += ["<h2>Data</h2>", _table(splits | {"scored": result["protocol"]["split"]})]
+    r = result["reconstruction"]
+    figures = {key: r[key] for key in r if key not in ("per_patient", "ssim_ci95")}
+    parts += ["<h2>Reconstruction</h2>", _table({**figures, "ssim 95 % interval": r["ssim_ci95"]})]
+    parts += _pictures(out, "reconstructions", "ssim", "interpolations")
+    parts += ["<h2>Codes</h2>", _table(result["codebook"]), *_pictures(out, "codes", "usage")]
+    if p := result["prior"]:
+        known = p["bits_per_code_without_network"] or {}
+        rows = {f"bits per code without a network: {key}": known[key] for key in known}
+        figures = {key: p[key] for key in p if key != "bits_per_code_without_network"}
+        parts += ["<h2>Prior</h2>", _table(figures | rows)]
+        parts += _pictures(out, "surprise")
+    if s := result["samples"]:
+        drawn = {key: value for key, value in s.items() if not isinstance(value, dict)}
+        parts += ["<h2>Samples</h2>", _table(drawn), *_pictures(out, "samples")]
+        judged = {key: value for key, value in s.items() if isinstance(value, dict)}
+        if judged:
+            parts += ["<h3>Each figure beside that of real slices</h3>", _columns(judged)]
+        parts += _pictures(out, "nearest", "completions")
+    parts += ["<h2>Protocol</h2>", _table(result["protocol"])]
+    settings = {key: config[key] for key in ("preset", "model", "train", "precision")}
+    settings |= {"seed": result["seed"], "versions": result["versions"]}
+    parts += ["<h2>Configuration of stage 1</h2>"]
+    parts += [f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre>"]
+    parts += ["<p>Not for diagnosis.</p>"]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1"><title>{name}</title>'
+        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+    utils.write_atomically(out / "report.html", lambda path: path.write_text(page))
+
+
+def _pictures(out, *names):
+    """The figures of these names that are there, with the file's bytes in the page."""
+    for name in names:
+        if (out / f"{name}.png").exists():
+            data = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
+            yield (
+                f'<figure><img alt="{html.escape(CAPTIONS[name])}" '
+                f'src="data:image/png;base64,{data}"><figcaption>{html.escape(CAPTIONS[name])}'
+                "</figcaption></figure>"
+            )
+
+
+def _shown(value):
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "none" if value is None else html.escape(str(value))
+
+
+def _table(values):
+    rows = (
+        f"<tr><th>{html.escape(key.replace('_', ' '))}</th><td>{_shown(value)}</td></tr>"
+        for key, value in values.items()
+    )
+    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+
+
+def _columns(values):
+    """A table of {row: {column: value}}."""
+    columns = list(dict.fromkeys(name for row in values.values() for name in row))
+    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in columns)
+    rows = (
+        f"<tr><th>{html.escape(key.replace('_', ' '))}</th>"
+        + "".join(f"<td>{_shown(row[name]) if name in row else ''}</td>" for name in columns)
+        + "</tr>"
+        for key, row in values.items()
+    )
+    return f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'

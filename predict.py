@@ -25,7 +25,10 @@ from utils import UserError
 
 N_SHOWN = 8  # slices in the figures of reconstructions and code maps
 N_JUDGED = 512  # samples at most that are compared with real slices
-WRITTEN = ("metrics.json", "per_slice.csv", "*.png", "surprise/*.nii.gz", "samples/sample_*")
+WRITTEN = (
+    "metrics.json", "report.html", "per_slice.csv", "*.png", "surprise/*.nii.gz",
+    "samples/sample_*",
+)  # fmt: skip
 PROTOCOL = {
     "images": "float32 in [0, 1]; reconstructions clipped to it",
     "arithmetic": "float32",
@@ -146,6 +149,7 @@ def main():
         judge_samples(images, vq_vae, data, split, config, device, out, result, args.seed)
         complete(args, vq_vae, prior, codes, labels, split, config, device, out)
     utils.write_json(out / "metrics.json", result)
+    plots.report(result, config, out)
     summarise(result, out, data, args.split)
 
 
@@ -207,6 +211,13 @@ def score_reconstructions(vq_vae, split, split_name, config, device, out, result
 
     values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     patients = np.array(split.patients)
+    plots.by_place(values["ssim"], split.positions, patients, out / "ssim.png", config)
+    counts = np.bincount(codes.numpy().ravel(), minlength=vq_vae.config.n_embeddings)
+    plots.usage(counts, out / "usage.png", config)
+    ends = plots.picks(len(split), 4)
+    if len(ends) == 4:
+        images = interpolate(vq_vae, codes[ends], device)
+        plots.interpolations(images, out / "interpolations.png", config)
     result["reconstruction"] = {
         "ssim_mean": float(values["ssim"].mean()),
         "ssim_std": float(values["ssim"].std()),
@@ -224,6 +235,18 @@ def score_reconstructions(vq_vae, split, split_name, config, device, out, result
     }
     result["codebook"] = metrics.usage(codes, vq_vae.config.n_embeddings)
     return rows, codes
+
+
+@torch.inference_mode()
+def interpolate(vq_vae, codes, device, n=7):
+    """Codes of slices a, b, c, d -> images (2, n, H, W) on the way from a to b, and from c to d.
+
+    The way is straight between the codebook vectors, and what lies on it is decoded as it is.
+    """
+    a, b = vq_vae.quantizer.lookup(codes.to(device)).unflatten(0, (2, 2)).unbind(1)
+    t = torch.linspace(0, 1, n, device=device).view(1, n, 1, 1, 1)
+    images = vq_vae.decoder(torch.lerp(a[:, None], b[:, None], t).flatten(0, 1))
+    return images.clamp(0, 1)[:, 0].unflatten(0, (2, n)).cpu().numpy()
 
 
 def mean_known(values):
@@ -478,7 +501,7 @@ def summarise(result, out, data, split):
     else:
         why = "--input" if split == "input" else "--n_samples 0" if p else "the run has no prior"
         print(f"samples        skipped ({why})")
-    print(f"pictures and numbers are in {out}")
+    print(f"pictures and numbers are in {out}; all on one page: {out / 'report.html'}")
 
 
 if __name__ == "__main__":

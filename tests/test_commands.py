@@ -1,8 +1,12 @@
 """The three commands as a user types them, mistakes included."""
 
+import base64
 import csv
+import io
 import json
 import shutil
+import subprocess
+from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -169,7 +173,9 @@ def test_predicting_twice_gives_the_same(predicted, run_dir, tmp_path):
 
 
 def test_pictures_open(predicted, run_dir):
-    for name in ("reconstructions", "codes", "samples", "surprise", "completions"):
+    for name in (
+        "reconstructions", "codes", "samples", "surprise", "completions", "ssim", "usage",
+    ):  # fmt: skip
         with Image.open(run_dir / "predict" / f"{name}.png") as picture:
             assert min(picture.size) > 300
 
@@ -196,6 +202,66 @@ def test_a_slice_of_ones_own_is_reconstructed_and_scored(run_dir, data, tmp_path
     (pictures / "broken.png").write_bytes(b"no picture")
     mistake(f"predict.py --run_dir {run_dir} --input {pictures}", "broken.png")
     mistake(f"predict.py --run_dir {run_dir} --input {tmp_path / 'none'}", "none")
+
+
+class Page(HTMLParser):
+    """What a browser would fetch or run."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.sources, self.tags, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [v for k, v in attributes if k in ("src", "href", "srcset", "data")]
+
+    def handle_data(self, text):
+        self.words.append(text)
+
+
+def test_the_report_holds_all_it_shows(predicted, run_dir):
+    _, numbers = predicted
+    page = Page((run_dir / "predict" / "report.html").read_text())
+    assert "script" not in page.tags
+    assert len(page.sources) >= 7
+    for source in page.sources:
+        kind, data = source.split(",")
+        assert kind == "data:image/png;base64"
+        Image.open(io.BytesIO(base64.b64decode(data))).verify()
+    assert f"{numbers['reconstruction']['ssim_mean']:.4g}" in page.words
+    assert f"{numbers['prior']['bits_per_code']:.4g}" in page.words
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_report_fits_a_phone_and_a_desk(predicted, run_dir, tmp_path, width):
+    picture = tmp_path / "page.png"
+    subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000",
+         f"--user-data-dir={tmp_path / 'profile'}", "--disable-background-networking",
+         f"--screenshot={picture}", f"file://{run_dir / 'predict' / 'report.html'}"],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    with Image.open(picture) as image:
+        pixels = np.asarray(image.convert("L"))
+    assert pixels.shape[1] == width
+    assert (pixels[:, -4:] == 255).all()  # nothing runs out of the window
+    assert pixels.std() > 10
+
+
+def test_samples_are_judged_beside_real_slices(run_dir, tmp_path):
+    words = f"predict.py --run_dir {run_dir} --split train --n_samples 8 --n_maps 0 --out"
+    call(f"{words} {tmp_path}")
+    samples = json.loads((tmp_path / "metrics.json").read_text())["samples"]
+    assert samples["judged"] == 8
+    for name in ("frechet", "precision", "recall", "pairwise_ssim", "wasserstein"):
+        assert set(samples[name]) == {"samples", "real", "reconstructions"}
+    # slices of the training split are their own nearest neighbours, samples are not
+    assert samples["nearest_training_ssim"]["real"] == pytest.approx(1, abs=1e-4)
+    assert samples["nearest_training_ssim"]["highest_sample"] < 1
+    assert 0 <= samples["two_sample_accuracy"]["samples"] <= 1
+    assert (tmp_path / "nearest.png").exists()
 
 
 def test_without_samples(run_dir, tmp_path):
