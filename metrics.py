@@ -6,6 +6,7 @@ validation on the device.
 
 import functools
 import gzip
+import io
 import lzma
 import math
 import zipfile
@@ -14,6 +15,7 @@ import zlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scipy import ndimage
 from skimage.metrics import structural_similarity
 from torch import nn
@@ -196,6 +198,48 @@ def slice_scores(x, y):
         "psnr": float(psnr(mse)),
         "mae": float(np.mean(np.abs(x - y), dtype=np.float64)),
     }
+
+
+CODECS = {  # how each picture format is asked for one of 64 qualities
+    "JPEG": lambda q: dict(format="JPEG", quality=1 + q * 99 // 63, optimize=True),
+    "WebP": lambda q: dict(format="WEBP", quality=q * 100 // 63, method=4),
+    "JPEG 2000": lambda q: dict(
+        format="JPEG2000", quality_mode="rates", quality_layers=[2000 * 0.9**q], irreversible=True
+    ),
+}
+
+
+def codec_ssim(images, bits):
+    """SSIM of common picture formats at a rate, as 8-bit grey: what a reader can compare with.
+
+    Args:
+        images: (N, H, W) in [0, 1]; bits: that each file may have, headers included.
+    Returns:
+        {format: {"ssim", "bits"}}, means over the slices, each at the best quality that fits, or at
+        the worst there is if none does.
+    """
+    found = {}
+    for name, options in CODECS.items():
+        scores = []
+        for x in images:
+            low, high = 0, 63  # bisection: files grow with the quality
+            while low < high:
+                middle = (low + high + 1) // 2
+                is_small = 8 * len(_packed(x, options(middle))) <= bits
+                low, high = (middle, high) if is_small else (low, middle - 1)
+            packed = _packed(x, options(low))
+            with Image.open(io.BytesIO(packed)) as picture:
+                y = np.asarray(picture.convert("L"), np.float32) / 255
+            scores.append((structural_similarity(x, y, data_range=1.0), 8 * len(packed)))
+        ssim, size = np.mean(scores, axis=0)
+        found[name] = {"ssim": float(ssim), "bits": float(size)}
+    return found
+
+
+def _packed(x, options):
+    file = io.BytesIO()
+    Image.fromarray(utils.to_uint8(x)).save(file, **options)
+    return file.getvalue()
 
 
 def patient_interval(values, patients, seed=0, n_draws=2000):

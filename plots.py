@@ -83,18 +83,19 @@ def _panels(rows, columns, size, width=1.6):
     return figure, axes
 
 
-def reconstructions(x, x_hat, ssim, path, config, split):
+def reconstructions(x, x_hat, titles, path, config, protocol):
     """Rows of slice, reconstruction and their difference; x, x_hat: (N, H, W) in [0, 1]."""
     figure, axes = _panels(3, len(x), x.shape[1:])
     for i in range(len(x)):
         axes[0, i].imshow(x[i], cmap="gray", vmin=0, vmax=1)
         axes[1, i].imshow(x_hat[i], cmap="gray", vmin=0, vmax=1)
         shown = axes[2, i].imshow(x_hat[i] - x[i], cmap="RdBu_r", vmin=-0.3, vmax=0.3)
-        axes[1, i].set_title(f"SSIM {ssim[i]:.3f}", fontsize=9)
+        axes[1, i].set_title(titles[i], fontsize=8)
     for axis, text in zip(axes[:, 0], ("slice", "reconstruction", "difference"), strict=True):
         axis.set_ylabel(text)
     figure.colorbar(shown, ax=axes[2], label="reconstruction - slice", fraction=0.05, aspect=12)
-    figure.suptitle(_title(config, f"reconstructions of slices of the {split} split"))
+    text = f"reconstructions of the {protocol['split']} split, from worst to best"
+    figure.suptitle(_title(config, text))
     _save(figure, path)
 
 
@@ -284,13 +285,14 @@ CAPTIONS = {
 }
 
 
-def report(result, config, out):
+def report(result, config, out, run_dir):
     """Write report.html, one page with every number and picture of a call to predict.py.
 
     The pictures are inside the file; nothing is fetched, nothing runs.
 
     Args:
         result: what goes into metrics.json. config: of stage 1. out: folder with the pictures.
+        run_dir: where both stages left their training curves.
     """
     name = html.escape(utils.data_name(config))
     parts = [f"<h1>Reconstructions and samples: {name}</h1>"]
@@ -303,10 +305,15 @@ def report(result, config, out):
     }
     parts += ["<h2>Data</h2>", _table(splits | {"scored": result["protocol"]["split"]})]
     r = result["reconstruction"]
-    figures = {key: r[key] for key in r if key not in ("per_patient", "ssim_ci95")}
-    parts += ["<h2>Reconstruction</h2>", _table({**figures, "ssim 95 % interval": r["ssim_ci95"]})]
+    names = [key.removesuffix("_mean") for key in r if key.endswith("_mean")]
+    kinds = {"mean": "mean", "std": "standard deviation", "ci95": "95 % interval"}
+    figures = {n: {text: r[f"{n}_{kind}"] for kind, text in kinds.items()} for n in names}
+    counts = {key: r[key] for key in ("n_slices", "n_patients")}
+    parts += ["<h2>Reconstruction</h2>", _columns(figures), _table(counts)]
     parts += _pictures(out, "reconstructions", "ssim", "interpolations")
     parts += ["<h2>Codes</h2>", _table(result["codebook"]), *_pictures(out, "codes", "usage")]
+    rate = {key: value for key, value in result["rate"].items() if not isinstance(value, dict)}
+    parts += ["<h2>Rate</h2>", _table(rate), _columns(result["rate"]["at_as_many_bits"])]
     if p := result["prior"]:
         known = p["bits_per_code_without_network"] or {}
         rows = {f"bits per code without a network: {key}": known[key] for key in known}
@@ -321,6 +328,9 @@ def report(result, config, out):
             parts += ["<h3>Each figure beside that of real slices</h3>", _columns(judged)]
         parts += _pictures(out, "nearest", "completions")
     parts += ["<h2>Protocol</h2>", _table(result["protocol"])]
+    parts += ["<h2>Training</h2>"]
+    for stage in utils.STAGES:
+        parts += _picture(run_dir / stage / "curves.png", f"Training of the {stage}.")
     settings = {key: config[key] for key in ("preset", "model", "train", "precision")}
     settings |= {"seed": result["seed"], "versions": result["versions"]}
     parts += ["<h2>Configuration of stage 1</h2>"]
@@ -335,15 +345,18 @@ def report(result, config, out):
 
 
 def _pictures(out, *names):
-    """The figures of these names that are there, with the file's bytes in the page."""
     for name in names:
-        if (out / f"{name}.png").exists():
-            data = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
-            yield (
-                f'<figure><img alt="{html.escape(CAPTIONS[name])}" '
-                f'src="data:image/png;base64,{data}"><figcaption>{html.escape(CAPTIONS[name])}'
-                "</figcaption></figure>"
-            )
+        yield from _picture(out / f"{name}.png", CAPTIONS[name])
+
+
+def _picture(path, caption):
+    """A figure with the file's bytes in the page, if it is there."""
+    if path.exists():
+        data, caption = base64.b64encode(path.read_bytes()).decode(), html.escape(caption)
+        yield (
+            f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
 
 
 def _shown(value):

@@ -6,8 +6,10 @@ samples new slices, and writes metrics.json, per_slice.csv, pictures and NIfTI f
 
 import argparse
 import csv
+import functools
 import gzip
 import io
+import math
 import sys
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import dataset
@@ -24,11 +27,11 @@ import utils
 from utils import UserError
 
 N_SHOWN = 8  # slices in the figures of reconstructions and code maps
+N_PACKED = 32  # slices packed by other codecs
 N_JUDGED = 512  # samples at most that are compared with real slices
-WRITTEN = (
-    "metrics.json", "report.html", "per_slice.csv", "*.png", "surprise/*.nii.gz",
-    "samples/sample_*",
-)  # fmt: skip
+WRITTEN = ["metrics.json", "report.html", "per_slice.csv", "surprise/[0-9]*_*.nii.gz"]
+WRITTEN += [f"{name}.png" for name in plots.CAPTIONS]
+SAMPLES = ["samples/settings.json", "samples/sample_[0-9]*"]
 PROTOCOL = {
     "images": "float32 in [0, 1]; reconstructions clipped to it",
     "arithmetic": "float32",
@@ -110,7 +113,8 @@ def main():
     check_size(run_dir, config, data.size)
     out = Path(args.out or run_dir / ("input" if args.input else "predict"))
     utils.make_folder(out)
-    for old in [path for pattern in WRITTEN for path in out.glob(pattern)]:
+    stale = WRITTEN if prior and args.n_samples else WRITTEN + SAMPLES
+    for old in [path for pattern in stale for path in out.glob(pattern)]:
         old.unlink()  # or pictures of an earlier call would pass for this one's
     learned_from = config["data"]["fingerprint"]
     config["data"] |= {"name": data.name, "is_phantom": data.is_phantom}
@@ -118,6 +122,7 @@ def main():
     result = {
         "reconstruction": None,
         "codebook": None,
+        "rate": None,
         "prior": None,
         "samples": None,
         "protocol": PROTOCOL | {"split": args.split},
@@ -126,7 +131,7 @@ def main():
         "versions": utils.versions(),
     }
     split = data[args.split]
-    rows, codes = score_reconstructions(vq_vae, split, args.split, config, device, out, result)
+    rows, codes = score_reconstructions(vq_vae, split, config, device, out, result)
     if prior is not None:
         labels = known_labels(split, config["data"]["classes"])
         bits = score_prior(prior, codes, labels, split.positions, device, result)
@@ -144,12 +149,15 @@ def main():
             )
         write_surprise(bits, split, data, config, out, args.n_maps)
     write_rows(out / "per_slice.csv", split, rows)
+    compare_rate(codes, rows, split, vq_vae.config.n_embeddings, result)
     if prior is not None and args.n_samples:
-        images = draw_samples(args, vq_vae, prior, label, data, config, device, out, result)
+        images = draw_samples(
+            args, vq_vae, prior, label, data, run_dir, config, device, out, result
+        )
         judge_samples(images, vq_vae, data, split, config, device, out, result, args.seed)
         complete(args, vq_vae, prior, codes, labels, split, config, device, out)
     utils.write_json(out / "metrics.json", result)
-    plots.report(result, config, out)
+    plots.report(result, config, out, run_dir)
     summarise(result, out, data, args.split)
 
 
@@ -191,39 +199,24 @@ def pick_label(name, classes):
     return classes.index(name)
 
 
-def score_reconstructions(vq_vae, split, split_name, config, device, out, result):
+def score_reconstructions(vq_vae, split, config, device, out, result):
     """Reconstruct `split`, draw its figures; returns a row per slice and the codes (N, h, w)."""
     rows, codes = [], []
-    shown = plots.picks(len(split), N_SHOWN)
-    kept = []
     for x, x_hat, c in metrics.reconstruct(vq_vae, split, device, "reconstructing"):
-        for i in range(len(x)):
-            a, b = x[i, 0].numpy(), x_hat[i, 0].numpy()
-            rows.append(metrics.slice_scores(a, b))
-            if len(rows) - 1 in shown:
-                kept.append((a, b, c[i].numpy(), rows[-1]["ssim"]))
+        pairs = zip(x[:, 0].numpy(), x_hat[:, 0].numpy(), strict=True)
+        rows += [metrics.slice_scores(*pair) for pair in pairs]
         codes.append(c)
     codes = torch.cat(codes)
-    x, x_hat, maps, ssim = (np.stack(k) for k in zip(*kept, strict=True))
-    plots.reconstructions(x, x_hat, ssim, out / "reconstructions.png", config, split_name)
-    codebook = vq_vae.quantizer.codebook.detach().cpu().numpy()
-    plots.codes(x, maps, codebook, out / "codes.png", config)
-
     values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    patients = np.array(split.patients)
-    plots.by_place(values["ssim"], split.positions, patients, out / "ssim.png", config)
-    counts = np.bincount(codes.numpy().ravel(), minlength=vq_vae.config.n_embeddings)
-    plots.usage(counts, out / "usage.png", config)
-    ends = plots.picks(len(split), 4)
-    if len(ends) == 4:
-        images = interpolate(vq_vae, codes[ends], device)
-        plots.interpolations(images, out / "interpolations.png", config)
-    result["reconstruction"] = {
-        "ssim_mean": float(values["ssim"].mean()),
-        "ssim_std": float(values["ssim"].std()),
-        "ssim_ci95": metrics.patient_interval(values["ssim"], patients),
-        **{f"{name}_mean": mean_known(values[name]) for name in values if name != "ssim"},
-        "n_slices": len(rows),
+    patients, n = np.array(split.patients), len(rows)
+    figures = {}
+    for name, value in values.items():
+        known = ~np.isnan(value)
+        figures[f"{name}_mean"] = float(value[known].mean()) if known.any() else None
+        figures[f"{name}_std"] = float(value[known].std()) if known.any() else None
+        figures[f"{name}_ci95"] = metrics.patient_interval(value[known], patients[known])
+    result["reconstruction"] = figures | {
+        "n_slices": n,
         "n_patients": len(set(split.patients)),
         "per_patient": {
             p: {
@@ -234,6 +227,26 @@ def score_reconstructions(vq_vae, split, split_name, config, device, out, result
         },
     }
     result["codebook"] = metrics.usage(codes, vq_vae.config.n_embeddings)
+
+    ranks = np.unique(np.linspace(0, n - 1, min(n, N_SHOWN)).round().astype(int))
+    shown = np.argsort(values["ssim"], kind="stable")[ranks]
+    x = split.batch(shown)[:, 0].numpy()
+    titles = [f"SSIM {values['ssim'][i]:.3f}" for i in shown]
+    titles[0] = f"worst, {titles[0]}"
+    titles[-1] = f"best, {titles[-1]}"
+    again = metrics.through(vq_vae, x, device)
+    plots.reconstructions(x, again, titles, out / "reconstructions.png", config, result["protocol"])
+    shown = plots.picks(n, N_SHOWN)
+    codebook = vq_vae.quantizer.codebook.detach().cpu().numpy()
+    x = split.batch(shown)[:, 0].numpy()
+    plots.codes(x, codes[shown].numpy(), codebook, out / "codes.png", config)
+    plots.by_place(values["ssim"], split.positions, patients, out / "ssim.png", config)
+    counts = np.bincount(codes.numpy().ravel(), minlength=vq_vae.config.n_embeddings)
+    plots.usage(counts, out / "usage.png", config)
+    ends = plots.picks(n, 4)
+    if len(ends) == 4:
+        images = interpolate(vq_vae, codes[ends], device)
+        plots.interpolations(images, out / "interpolations.png", config)
     return rows, codes
 
 
@@ -247,12 +260,6 @@ def interpolate(vq_vae, codes, device, n=7):
     t = torch.linspace(0, 1, n, device=device).view(1, n, 1, 1, 1)
     images = vq_vae.decoder(torch.lerp(a[:, None], b[:, None], t).flatten(0, 1))
     return images.clamp(0, 1)[:, 0].unflatten(0, (2, n)).cpu().numpy()
-
-
-def mean_known(values):
-    """Mean of those that are not NaN; None if all are."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else None
 
 
 def write_rows(path, split, rows):
@@ -286,6 +293,19 @@ def score_prior(prior, codes, labels, positions, device, result):
     return bits
 
 
+def compare_rate(codes, rows, split, n_embeddings, result):
+    """Bits per slice of the codes, and what picture formats make of as many."""
+    some = plots.picks(len(split), N_PACKED)
+    bits = codes[0].numel() * math.log2(n_embeddings)
+    result["rate"] = {
+        "bits_per_slice": bits,
+        "bits_per_slice_under_the_prior": (result["prior"] or {}).get("bits_per_slice"),
+        "n_slices": len(some),
+        "ssim_of_these": float(np.mean([rows[i]["ssim"] for i in some])),
+        "at_as_many_bits": metrics.codec_ssim(split.batch(some)[:, 0].numpy(), bits),
+    }
+
+
 def write_surprise(bits, split, data, config, out, n_maps):
     """Maps of bits per code: a figure of some slices, and NIfTI files that lie on theirs."""
     shown = plots.picks(len(split), N_SHOWN)
@@ -317,7 +337,7 @@ def complete(args, vq_vae, prior, codes, labels, split, config, device, out, n_d
     given = torch.stack([codes[i].masked_fill(hidden, -1) for i, hidden in rows])
     which = np.repeat([i for i, _ in rows], n_draws)
     n = len(which)
-    generators = [torch.Generator().manual_seed(args.seed * 2**32 + i) for i in range(n)]
+    generators = [utils.generator(args.seed, i) for i in range(n)]
     drawn = prior.sample(
         n,
         label=torch.from_numpy(labels[which]),
@@ -347,21 +367,38 @@ def sampling_note(args):
     return note + (f", top {args.top_k}" if args.top_k else "")
 
 
-def draw_samples(args, vq_vae, prior, label, data, config, device, out, result):
-    """Sample slices; write each as NIfTI, and the first in one figure."""
+def draw_samples(args, vq_vae, prior, label, data, run_dir, config, device, out, result):
+    """Sample slices, each written as NIfTI and PNG as soon as it is drawn; figure of the first.
+
+    Samples that an earlier call with the same models and settings has written are left as they are.
+    Returns the first `N_JUDGED` (N, H, W) in [0, 1].
+    """
     folder = out / "samples"
-    utils.make_folder(folder)
-    start = time.perf_counter()
-    images = []
+    models = [utils.file_hash(run_dir / stage / "model.safetensors") for stage in utils.STAGES]
+    settings = {key: getattr(args, key) for key in ("temperature", "top_k", "label", "position")}
+    stamp = {"models": models, "seed": args.seed, "data": data.fingerprint, **settings}
+    goes_on = (folder / "settings.json").exists() and (
+        utils.read_json(folder / "settings.json") == stamp
+    )
+    for old in folder.glob("sample_*"):
+        if not goes_on or int(old.name[7:].split(".")[0]) >= args.n_samples:
+            old.unlink()
+    utils.write_json(folder / "settings.json", stamp)
     depths = data["train"].positions
     if args.position is not None:
         depths = np.array([args.position], np.float32)
-    rows = prior.config.size[0]
+    name = f"generated, no patient; like {utils.data_name(config)}"
+    start, images, rows = time.perf_counter(), [], prior.config.size[0]
     bar = tqdm(total=-(-args.n_samples // metrics.BATCH) * rows, desc="sampling", unit="row")
     for first in range(0, args.n_samples, metrics.BATCH):
         indices = range(first, min(first + metrics.BATCH, args.n_samples))
+        paths = [folder / f"sample_{i:05d}.nii.gz" for i in indices]
+        pictures = [path.with_name(path.name.replace("nii.gz", "png")) for path in paths]
+        if first >= N_JUDGED and all(path.exists() for path in [*paths, *pictures]):
+            bar.update(rows)
+            continue
         # one generator a sample: sample i of a seed is the same whatever --n_samples is
-        generators = [torch.Generator().manual_seed(args.seed * 2**32 + i) for i in indices]
+        generators = [utils.generator(args.seed, i) for i in indices]
         picks = [torch.randint(len(depths), (), generator=g).item() for g in generators]
         codes = prior.sample(
             len(indices),
@@ -373,25 +410,21 @@ def draw_samples(args, vq_vae, prior, label, data, config, device, out, result):
             progress=bar.update,
         )
         with torch.inference_mode():
-            images.append(vq_vae.decode(codes).clamp(0, 1)[:, 0].cpu().numpy())
+            drawn = vq_vae.decode(codes).clamp(0, 1)[:, 0].cpu().numpy()
+        for image, path, picture in zip(drawn, paths, pictures, strict=True):
+            save_nifti(in_units(image, data), data.affine, path, name)
+            grey = Image.fromarray(utils.to_uint8(image))
+            utils.write_atomically(picture, functools.partial(grey.save, format="PNG"))
+        if first < N_JUDGED:
+            images.append(drawn)
     bar.close()
-    images = np.concatenate(images)
-    seconds = time.perf_counter() - start
-    for i, image in enumerate(images):
-        name = f"generated, no patient; like {utils.data_name(config)}"
-        save_nifti(in_units(image, data), data.affine, folder / f"sample_{i:05d}.nii.gz", name)
+    images = np.concatenate(images)[:N_JUDGED]
     note = sampling_note(args)
     note += f", label {args.label}" if args.label else ""
     note += f", position {args.position:g}" if args.position is not None else ""
     plots.samples(images[:32], out / "samples.png", config, note)
-    result["samples"] = {
-        "n": len(images),
-        "seconds": round(seconds, 2),
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "label": args.label,
-        "position": args.position,
-    }
+    seconds = round(time.perf_counter() - start, 2)
+    result["samples"] = {"n": args.n_samples, "seconds": seconds, **settings}
     return images
 
 
@@ -472,7 +505,7 @@ def in_units(image, data):
 
 
 def summarise(result, out, data, split):
-    """The five lines a user reads first."""
+    """The lines a user reads first."""
     r, c, p, s = (result[k] for k in ("reconstruction", "codebook", "prior", "samples"))
     ci = r["ssim_ci95"]
     interval = f" (95 % {ci[0]:.4f} to {ci[1]:.4f})" if ci else ""
@@ -481,6 +514,11 @@ def summarise(result, out, data, split):
         f"reconstruction SSIM {r['ssim_mean']:.4f} +- {r['ssim_std']:.4f}{interval}, "
         f"PSNR {r['psnr_mean']:.2f} dB, {r['n_slices']} slices of {r['n_patients']} patients"
     )
+    others = ", ".join(
+        f"{name} {x['ssim']:.3f} at {x['bits']:.0f}"
+        for name, x in result["rate"]["at_as_many_bits"].items()
+    )
+    print(f"rate           {result['rate']['bits_per_slice']:.0f} bits per slice; SSIM of {others}")
     print(f"codebook       {c['used']} of {c['size']} codes used, perplexity {c['perplexity']:.0f}")
     if p:
         bits = f"{p['bits_per_code']:.3f} bits per code, {p['bits_per_slice']:.0f} per slice"

@@ -107,7 +107,10 @@ def only_one(path):
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -171,6 +174,15 @@ def _seed(text):
     if not 0 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"{text} is not in 0 to {2**31 - 1}")
     return value
+
+
+def generator(seed, i):
+    """The i-th random generator of a seed, on the CPU; no two of one seed are alike.
+
+    torch takes only the lowest 32 bits of a generator's seed.
+    """
+    start = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return torch.Generator().manual_seed((start + i) % 2**32)
 
 
 def add_runtime_arguments(parser, precision=True):
@@ -288,12 +300,40 @@ def load_config(run_dir, stage):
             f"run: python train.py --mode {stage} --run_dir {run_dir}"
         )
     config = read_json(path)
-    if config.get("format_version") != FORMAT_VERSION:
+    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
+        found = config.get("format_version") if isinstance(config, dict) else None
         raise UserError(
-            f"{path}: format version {config.get('format_version')}, this code reads "
+            f"{path}: format version {found}, this code reads "
             f"{FORMAT_VERSION}; update the code or train again with --fresh"
         )
+    if not _is_ours(config):
+        raise UserError(f"{path}: not as this code writes it; train this stage again with --fresh")
     return config
+
+
+def _is_ours(config):
+    """Whether a config.json, perhaps from a stranger, has the entries that other code relies on."""
+    data, model = config.get("data"), config.get("model")
+    if not isinstance(data, dict) or not isinstance(model, dict):
+        return False
+    size, classes = data.get("size"), data.get("classes")
+    numbers = [n for n in model.values() if isinstance(n, int | float)]
+    return (
+        isinstance(size, list)
+        and len(size) == 2
+        and all(isinstance(n, int) and 0 < n < 1 << 16 for n in size)
+        and isinstance(classes, list)
+        and all(isinstance(name, str) for name in classes)
+        and all(isinstance(data.get(key), str) for key in ("name", "layout", "fingerprint"))
+        and isinstance(data.get("is_phantom"), bool)
+        and isinstance(data.get("arguments"), dict)
+        and isinstance(config.get("train"), dict)
+        and isinstance(config.get("preset"), str)
+        and isinstance(config.get("precision"), str)
+        and isinstance(config.get("vq_vae", ""), str)
+        and all(n < 1 << 16 for n in numbers)
+        and all(model[key] in range(1001) for key in model if key.endswith("_layers"))
+    )
 
 
 def _others(run_dir, stage):
@@ -317,10 +357,11 @@ def load_model(run_dir, stage, device="cpu"):
     path = Path(run_dir) / stage / "model.safetensors"
     make_config, make_model = STAGES[stage]
     try:
-        model = make_model(make_config(**config["model"]))
-        model.load_state_dict(safetensors.torch.load_file(path))
+        with torch.device("meta"):  # nothing is allocated for sizes that the file does not have
+            model = make_model(make_config(**config["model"]))
+        model.load_state_dict(safetensors.torch.load_file(path), assign=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path}: does not fit config.json beside it or is damaged ({reason}); "
             f"train this stage again with --fresh"

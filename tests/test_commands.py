@@ -141,12 +141,13 @@ def test_a_damaged_cache_of_codes_is_made_again(run_dir, tmp_path):
 
 def test_pictures_of_an_earlier_call_do_not_stay(run_dir, tmp_path):
     call(f"predict.py --run_dir {run_dir} --out {tmp_path / 'out'} --n_samples 2")
-    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for mine in ("notes.txt", "mine.png"):
+        (tmp_path / "out" / mine).write_text("mine")
     call(f"predict.py --run_dir {run_dir} --out {tmp_path / 'out'} --n_samples 0 --n_maps 0")
     left = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")}
     assert not {name for name in left if "sample" in name and "." in name}
     assert not {name for name in left if name.endswith(".nii.gz")}
-    assert "notes.txt" in left
+    assert {"notes.txt", "mine.png"} <= left
 
 
 def test_stage_two_leaves_stage_one_as_it_is(run_dir, tmp_path):
@@ -202,6 +203,32 @@ def test_a_slice_of_ones_own_is_reconstructed_and_scored(run_dir, data, tmp_path
     (pictures / "broken.png").write_bytes(b"no picture")
     mistake(f"predict.py --run_dir {run_dir} --input {pictures}", "broken.png")
     mistake(f"predict.py --run_dir {run_dir} --input {tmp_path / 'none'}", "none")
+
+
+def test_many_samples_go_on_where_they_stopped(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "N_JUDGED", 2)
+    monkeypatch.setattr(predict.metrics, "BATCH", 2)
+    words = f"predict.py --run_dir {run_dir} --out {tmp_path} --n_maps 0"
+    folder = tmp_path / "samples"
+
+    def predict_with(flags):
+        monkeypatch.setattr("sys.argv", f"{words} {flags}".split())
+        predict.main()
+        return {p.name: p.read_bytes() for p in folder.glob("sample_*")}
+
+    whole = predict_with("--n_samples 6")
+    assert len(whole) == 12
+    for name in ("sample_00004.nii.gz", "sample_00005.png"):
+        (folder / name).unlink()
+    kept = (folder / "sample_00002.png").stat().st_mtime_ns
+    assert predict_with("--n_samples 6") == whole
+    assert (folder / "sample_00002.png").stat().st_mtime_ns == kept
+    picture = np.asarray(Image.open(folder / "sample_00003.png"), np.float32) / 255
+    values = nib.load(folder / "sample_00003.nii.gz").get_fdata()[:, :, 0]
+    assert np.corrcoef(picture.ravel(), values.ravel())[0, 1] > 0.999
+    assert len(predict_with("--n_samples 3")) == 6
+    other = predict_with("--n_samples 3 --seed 1")
+    assert other["sample_00002.png"] != whole["sample_00002.png"]
 
 
 class Page(HTMLParser):

@@ -88,6 +88,19 @@ def test_black_background_does_not_count_in_the_body():
     assert np.isnan(metrics.slice_scores(np.zeros_like(x), y)["ssim_body"])
 
 
+def test_codecs_use_the_bits_they_may_and_no_more():
+    rng = np.random.default_rng(0)
+    x = ndimage.gaussian_filter(rng.random((2, 128, 96)), (0, 3, 3)).astype(np.float32)
+    x = (x - x.min()) / np.ptp(x)
+    few, many = (metrics.codec_ssim(x, bits) for bits in (10_000, 30_000))
+    for name in ("JPEG", "WebP", "JPEG 2000"):
+        assert few[name]["bits"] <= 10_000
+        assert 15_000 < many[name]["bits"] <= 30_000
+        assert few[name]["ssim"] < many[name]["ssim"]
+    nothing = metrics.codec_ssim(x, 1)
+    assert nothing["JPEG"]["bits"] > 1  # even the least does not fit, and that is told
+
+
 def test_interval_draws_patients_not_slices():
     rng = np.random.default_rng(0)
     level = rng.normal(0, 1, 8)

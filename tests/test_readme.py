@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import predict
 import train
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import tables  # noqa: E402
+
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(?:sh|bash)\n(.*?)```", TEXT, re.S)
 LINES = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
@@ -42,3 +46,7 @@ def test_make_targets_exist():
     wanted = {line.split()[1] for line in LINES if line.startswith("make ")}
     assert wanted <= set(targets)
     assert {"demo", "test"} <= wanted
+
+
+def test_tables_are_what_was_measured():
+    assert tables.filled(TEXT) == TEXT

@@ -3,12 +3,15 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_PRIOR, SMALL_VQ_VAE, call
+from conftest import ROOT, SMALL_PRIOR, SMALL_VQ_VAE, call
 from safetensors.torch import load_file
 
 import train
@@ -98,6 +101,29 @@ def test_a_signal_ends_the_update_saves_and_the_run_goes_on(
     for name in ("model.safetensors", "log.jsonl"):
         resumed, whole = (path / "vq_vae" / name for path in (tmp_path / "run", run_dir))
         assert resumed.read_bytes() == whole.read_bytes(), name
+
+
+def test_kills_at_any_instant_cost_nothing(data, tmp_path):
+    """SIGKILL while updates, validations and checkpoints follow each other closely."""
+    flags = f"--mode vq_vae --data {data} {SMALL_VQ_VAE} --n_updates 24 --log_interval 1"
+    call(f"train.py --run_dir {tmp_path / 'whole'} {flags}")
+    run, rng = tmp_path / "run", np.random.default_rng(0)
+    log = run / "vq_vae" / "log.jsonl"
+    for _ in range(int(os.environ.get("KILLS", 4))):
+        before = log.stat().st_mtime_ns if log.exists() else 0
+        words = [sys.executable, "train.py", "--run_dir", str(run), *flags.split()]
+        with subprocess.Popen(words, cwd=ROOT, stdout=-3, stderr=-3) as process:
+            while process.poll() is None and not (
+                log.exists() and log.stat().st_mtime_ns > before
+            ):
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.8))
+            process.kill()
+        utils.load_model(run, "vq_vae")  # what is there can be used
+    call(f"train.py --run_dir {run} {flags}")
+    for name in ("model.safetensors", "log.jsonl"):
+        killed, whole = (path / "vq_vae" / name for path in (run, tmp_path / "whole"))
+        assert killed.read_bytes() == whole.read_bytes(), name
 
 
 def test_two_runs_in_one_directory(data, tmp_path):

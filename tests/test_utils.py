@@ -96,3 +96,11 @@ def test_a_newer_format_is_refused(tmp_path):
     (stage / "model.safetensors").write_bytes(b"")
     with pytest.raises(utils.UserError, match="format version"):
         utils.load_model(tmp_path, "vq_vae")
+
+
+def test_generators_of_other_seeds_and_numbers_draw_others():
+    draws = [
+        torch.rand(4, generator=utils.generator(seed, i)) for seed in (0, 1, 2) for i in range(50)
+    ]
+    assert len(set(map(tuple, torch.stack(draws).tolist()))) == 150
+    assert torch.equal(torch.rand(4, generator=utils.generator(1, 7)), draws[57])

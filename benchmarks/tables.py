@@ -1,0 +1,120 @@
+"""Put the numbers of benchmarks/results/*.json into the tables of the README.
+
+    python benchmarks/tables.py
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`. A test compares them.
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def results(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def of_test(test):
+    return [
+        f"{test['ssim']:.4f}", f"{test['ssim_body']:.4f}", f"{test['psnr']:.2f}",
+        f"{test['used']} of {test['size']}", f"{test['perplexity']:.0f}",
+    ]  # fmt: skip
+
+
+QUALITY = ["SSIM", "in the body", "PSNR (dB)", "codes used", "perplexity"]
+
+
+def vq_vae():
+    found = results("vq_vae")
+    rows = []
+    for name, row in found["rows"].items():
+        reached = row["seconds_to_goal"]
+        reached = f"{reached:.0f} s" if reached else f"not in {row['seconds']:.0f} s"
+        rows.append([f"`{name}`", row["updates"], *of_test(row["test"]), reached])
+    return table(["preset", "updates", *QUALITY, f"SSIM {found['goal']} after"], rows)
+
+
+def ablation():
+    rows = results("ablation")["rows"]
+    return table(
+        ["change", "updates", *QUALITY],
+        [[name, row["updates"], *of_test(row["test"])] for name, row in rows.items()],
+    )
+
+
+def long():
+    rows = []
+    for found in (results("long_f8"), results("long_f4")):
+        for name, row in found["rows"].items():
+            seconds = f"{found['seconds_of_one_core']:.0f}"
+            rows.append([name, seconds, row["updates"], *of_test(row["test"])])
+    return table(["change", "processor seconds", "updates", *QUALITY], rows)
+
+
+def prior():
+    rows = results("prior")["rows"]
+    return table(
+        ["prior", "updates", "parameters", "bits per code"],
+        [
+            [name, row["updates"], f"{row['test']['parameters']:,}",
+             f"{row['test']['bits_per_code']:.3f}"]
+            for name, row in rows.items()
+        ],
+    )  # fmt: skip
+
+
+def prior_ablation():
+    rows = results("prior_ablation")["rows"]
+    return table(
+        ["change", "updates", "parameters", "bits per code"],
+        [
+            [name, row["updates"], f"{row['parameters']:,}", f"{row['bits_per_code']:.3f}"]
+            for name, row in rows.items()
+        ],
+    )
+
+
+def sampling():
+    return table(
+        ["slices", "grid", "cached (s)", "full passes (s)", "ratio", "logits differ by"],
+        [
+            [row["slices"], " x ".join(map(str, row["grid"])), f"{row['cached_s']:.2f}",
+             f"{row['full_s']:.0f}", f"{row['ratio']:.0f}",
+             f"{row['largest_logit_difference']:.0e}"]
+            for row in results("sampling")["rows"]
+        ],
+    )  # fmt: skip
+
+
+def quantizer():
+    return table(
+        ["quantiser", "seconds", "memory (MiB)", "times faster", "share of the memory"],
+        [
+            [name, f"{row['seconds']:.3f}", f"{row['added_mib']:.0f}", f"{row['times_faster']:.1f}",
+             f"{row['memory_share']:.2f}"]
+            for name, row in results("quantizer")["rows"].items()
+        ],
+    )  # fmt: skip
+
+
+TABLES = {
+    f.__name__: f for f in (vq_vae, ablation, long, prior, prior_ablation, sampling, quantizer)
+}
+
+
+def filled(text):
+    """The README with every table as the results have it."""
+    return BLOCK.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text()))
