@@ -13,7 +13,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 figures: demo
-	cp runs/demo/predict/samples.png runs/demo/predict/codes.png figures/
+	cd runs/demo/predict && cp samples.png codes.png completions.png ../../../figures/
 
 install: $(VENV)/.installed
 
