@@ -131,8 +131,11 @@ def samples(images, path, config, note):
     _save(figure, path)
 
 
-def surprise(x, bits, path, config):
-    """Slices (N, H, W) above what the prior did not expect of them, bits (N, h, w) per code."""
+def surprise(x, bits, bodies, path, config):
+    """Slices (N, H, W) above what the prior did not expect of them, bits (N, h, w) per code.
+
+    bodies: (N, H, W) bool, drawn as an outline.
+    """
     figure, axes = _panels(2, len(x), x.shape[1:])
     h, w = x.shape[1:]
     for i in range(len(x)):
@@ -141,8 +144,8 @@ def surprise(x, bits, path, config):
             bits[i], cmap="magma", vmin=0, vmax=np.percentile(bits, 99.5),
             extent=(-0.5, w - 0.5, h - 0.5, -0.5), interpolation="bilinear",
         )  # fmt: skip
-        if x[i].min() < 0.1 < x[i].max():
-            axes[1, i].contour(x[i], levels=[0.1], colors="w", linewidths=0.3)
+        if bodies[i].any() and not bodies[i].all():
+            axes[1, i].contour(bodies[i], levels=[0.5], colors="w", linewidths=0.5)
         axes[1, i].set_title(f"{bits[i].mean():.2f} bits", fontsize=9)
     axes[0, 0].set_ylabel("slice")
     axes[1, 0].set_ylabel("surprise")

@@ -309,7 +309,9 @@ def compare_rate(codes, rows, split, n_embeddings, result):
 def write_surprise(bits, split, data, config, out, n_maps):
     """Maps of bits per code: a figure of some slices, and NIfTI files that lie on theirs."""
     shown = plots.picks(len(split), N_SHOWN)
-    plots.surprise(split.images[shown] / 65535, bits[shown], out / "surprise.png", config)
+    x = split.batch(shown)[:, 0].numpy()
+    bodies = [metrics.body_mask(image) for image in x]
+    plots.surprise(x, bits[shown], bodies, out / "surprise.png", config)
     folder, f = out / "surprise", config["model"]["downsample"]
     utils.make_folder(folder)
     for i in plots.picks(len(split), n_maps):

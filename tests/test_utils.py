@@ -104,3 +104,13 @@ def test_generators_of_other_seeds_and_numbers_draw_others():
     ]
     assert len(set(map(tuple, torch.stack(draws).tolist()))) == 150
     assert torch.equal(torch.rand(4, generator=utils.generator(1, 7)), draws[57])
+
+
+def test_the_oldest_format_is_still_read():
+    """A tiny run of format 1, kept in the repository with what it gave then."""
+    folder = Path(__file__).parent / "format_1"
+    vq_vae, prior = (utils.load_model(folder, stage) for stage in ("vq_vae", "pixelcnn"))
+    codes = (torch.arange(32) % 16).view(1, 8, 4)
+    with torch.inference_mode(), np.load(folder / "expected.npz") as expected:
+        np.testing.assert_allclose(vq_vae.decode(codes), expected["image"], atol=1e-4)
+        np.testing.assert_allclose(prior(codes), expected["logits"], atol=1e-3)
