@@ -265,7 +265,8 @@ def test_the_report_holds_all_it_shows(predicted, run_dir):
 def test_the_report_fits_a_phone_and_a_desk(predicted, run_dir, tmp_path, width):
     picture = tmp_path / "page.png"
     subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000",
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+         "--no-first-run", "--disable-sync", f"--window-size={width},2000",
          f"--user-data-dir={tmp_path / 'profile'}", "--disable-background-networking",
          f"--screenshot={picture}", f"file://{run_dir / 'predict' / 'report.html'}"],
         check=True, capture_output=True, timeout=120,
