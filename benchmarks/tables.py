@@ -71,6 +71,17 @@ def prior():
     )  # fmt: skip
 
 
+def prior_ablation():
+    rows = results("prior_ablation")["rows"]
+    return table(
+        ["change", "updates", "parameters", "bits per code"],
+        [
+            [name, row["updates"], f"{row['parameters']:,}", f"{row['bits_per_code']:.3f}"]
+            for name, row in rows.items()
+        ],
+    )
+
+
 def sampling():
     return table(
         ["slices", "grid", "cached (s)", "full passes (s)", "ratio", "logits differ by"],
@@ -95,7 +106,7 @@ def quantizer():
 
 
 TABLES = {
-    f.__name__: f for f in (vq_vae, ablation, long, prior, sampling, quantizer)
+    f.__name__: f for f in (vq_vae, ablation, long, prior, prior_ablation, sampling, quantizer)
 }
 
 
