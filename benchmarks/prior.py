@@ -26,7 +26,7 @@ from modules import gate
 
 ROWS = {
     "demo": [],
-    "no depth, no atlas": [],
+    "no depth": [],
     "no label": [],
     "embeddings from nothing": [],
     "no averaged weights": [],
@@ -105,7 +105,7 @@ def apply(row):
         train.GatedPixelCNN.forward = lambda self, codes, label, depth: original(
             self, codes, None, depth
         )
-    elif row == "no depth, no atlas":
+    elif row == "no depth":
         train.GatedPixelCNN.forward = lambda self, codes, label, depth: original(
             self, codes, label, None
         )
