@@ -27,6 +27,9 @@ ROWS = {
     "demo": [],
     "f=4": ["--downsample", "4"],
     "f=4, diversity 0.05": ["--downsample", "4", "--diversity", "0.05"],
+    "f=4, diversity 0.05, 4 blocks": [
+        "--downsample", "4", "--diversity", "0.05", "--n_residual_layers", "4",
+    ],
     "f=16": ["--downsample", "16"],
     "K=256": ["--n_embeddings", "256"],
     "K=1024": ["--n_embeddings", "1024"],
