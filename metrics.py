@@ -27,23 +27,25 @@ BATCH = 32  # slices evaluated at a time
 CROP = 64  # pixels of a side that the network of the two-sample test learns from
 
 
-def _batches(n, desc):
-    steps = range(0, n, BATCH)
-    return (slice(i, min(i + BATCH, n)) for i in tqdm(steps, desc=desc, disable=desc is None))
+def _batches(n, desc, share=slice(None)):
+    start, stop, _ = share.indices(n)
+    steps = range(start, stop, BATCH)
+    return (slice(i, min(i + BATCH, stop)) for i in tqdm(steps, desc=desc, disable=desc is None))
 
 
 @torch.inference_mode()
-def reconstruct(model, split, device, desc=None):
+def reconstruct(model, split, device, desc=None, share=slice(None)):
     """Encode and decode a split.
 
     Args:
         model: `modules.VQVAE` in eval mode.
         split: `dataset.SliceSplit`.
         desc: name of the progress bar; None for no bar.
+        share: slice, of the split.
     Yields:
         x, x_hat: (B, 1, H, W) float32 on the CPU, x_hat clipped to [0, 1]; codes: (B, h, w) int64.
     """
-    for part in _batches(len(split), desc):
+    for part in _batches(len(split), desc, share):
         x = split.batch(np.arange(part.start, part.stop))
         x_hat, codes, _ = model(x.to(device, memory_format=torch.channels_last))
         yield x, x_hat.float().clamp(0, 1).cpu(), codes.cpu()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
 
 # ------------------------------------------------------------------------------------------------
 # Stage 1: the VQ-VAE [1]
@@ -176,6 +176,21 @@ def distances(z, e):
     return torch.addmm(e.pow(2).sum(1), z, e.t(), alpha=-2)
 
 
+def processes():
+    """(Number of this process, how many train together): (0, 1) unless torchrun started several."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def over_processes(x):
+    """A tensor -> its sum over the processes that train together."""
+    if processes()[1] > 1:
+        x = x.clone()
+        distributed.all_reduce(x)
+    return x
+
+
 class VectorQuantizer(nn.Module):
     """Nearest codebook vector with a straight-through gradient, [1] section 3.
 
@@ -186,7 +201,9 @@ class VectorQuantizer(nn.Module):
     vector chooses is moved onto a vector of the current batch.
 
     All state, the data-dependent start's flag included, is in buffers and so in checkpoints.
-    Distances are computed in float32 whatever the autocast.
+    Distances are computed in float32 whatever the autocast. Processes that train together agree on
+    all of it: sums are over the batches of all, and vectors are drawn from all of them, if their
+    random numbers begin alike.
     """
 
     DECAY = 0.95  # of the moving averages, per batch; slower ones lose track of a young encoder
@@ -225,7 +242,7 @@ class VectorQuantizer(nn.Module):
         """
         with torch.autocast(z.device.type, enabled=False):
             flat = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # (N, D)
-            if self.training and not self.initialised and flat.isfinite().all():
+            if self.training and not self.initialised and over_processes(flat.sum()).isfinite():
                 self._start(flat.detach())
             quantised, codes, commitment, codebook = NearestCode.apply(flat, self.codebook)
             losses = {"commitment": self.beta * commitment}
@@ -234,7 +251,7 @@ class VectorQuantizer(nn.Module):
             if self.training and self.diversity:
                 losses["diversity"] = self.diversity * self._sameness(flat)
             if self.training:
-                self._update(flat.detach(), codes, torch.isfinite(commitment))
+                self._update(flat.detach(), codes)
         b, d, h, w = z.shape
         z_q = quantised.view(b, h, w, d).permute(0, 3, 1, 2)
         return z_q, codes.view(b, h, w), losses
@@ -247,10 +264,15 @@ class VectorQuantizer(nn.Module):
         """log K - entropy of the mean soft assignment of (some of) a batch: 0 if all codes are used
         alike, log K if only one is. Where much of an image is background, one code would else take
         a quarter of all places and tell nothing there about the edge nearby."""
-        some = flat[torch.randperm(len(flat), device=flat.device)[: self.SOME]]
+        rank, n_processes = processes()
+        some = torch.randperm(n_processes * len(flat), device=flat.device)[: self.SOME]
+        own = flat[some[some // len(flat) == rank] % len(flat)]
         codebook = self.codebook.detach().clone()  # it moves before the gradient is taken
-        far = distances(some, codebook) / (self.SOFTNESS * flat.shape[1])
-        p = (-far).softmax(1).mean(0)
+        far = distances(own, codebook) / (self.SOFTNESS * flat.shape[1])
+        p = (-far).softmax(1).sum(0)
+        # the value is that of all; gradients are averaged over the processes, and this is a sum
+        p = over_processes(p.detach()) + n_processes * (p - p.detach())
+        p = p / len(some)
         return math.log(self.n_embeddings) + (p * (p + 1e-9).log()).sum()
 
     @torch.no_grad()
@@ -262,20 +284,20 @@ class VectorQuantizer(nn.Module):
             self.codebook.copy_(
                 torch.where(n[:, None] > 0, total / n.clamp(min=1)[:, None], self.codebook)
             )
-        self.count.fill_(len(flat) / self.n_embeddings)
+        self.count.fill_(processes()[1] * len(flat) / self.n_embeddings)
         self.initialised.fill_(True)
 
     @torch.no_grad()
-    def _update(self, flat, codes, is_finite):
-        if not is_finite:
-            return  # one bad batch must not end in the codebook for good
+    def _update(self, flat, codes):
         n, total = self._totals(flat, codes)
+        if not total.isfinite().all():
+            return  # one bad batch must not end in the codebook for good
         self.count.lerp_(n, 1 - self.DECAY)
         if not self.learns_by_loss:
             step = (1 - self.DECAY) * (total - n[:, None] * self.codebook)
             self.codebook.add_(step / self.count.clamp(min=1e-12)[:, None])
         if self.revive:
-            mean = len(flat) / self.n_embeddings
+            mean = processes()[1] * len(flat) / self.n_embeddings
             dead = self.count < self.DEAD * mean
             drawn = self._draw(flat, self.n_embeddings)
             self.codebook.copy_(torch.where(dead[:, None], drawn, self.codebook))
@@ -283,11 +305,16 @@ class VectorQuantizer(nn.Module):
 
     def _totals(self, flat, codes):
         n = torch.bincount(codes, minlength=self.n_embeddings).to(flat.dtype)
-        return n, torch.zeros_like(self.codebook).index_add_(0, codes, flat)
+        total = torch.zeros_like(self.codebook).index_add_(0, codes, flat)
+        return over_processes(n), over_processes(total)
 
     @staticmethod
     def _draw(flat, n):
-        return flat[torch.randint(len(flat), (n,), device=flat.device)]
+        """n vectors of those of all processes, the same on each."""
+        rank, n_processes = processes()
+        places = torch.randint(n_processes * len(flat), (n,), device=flat.device)
+        is_here = (places // len(flat) == rank)[:, None]
+        return over_processes(torch.where(is_here, flat[places % len(flat)], 0.0))
 
 
 class VQVAE(nn.Module):

@@ -95,9 +95,13 @@ def fraction(text):
 
 def main():
     args = parser().parse_args()
+    with utils.joined(args.device) as device:
+        predict(args, device)
+
+
+def predict(args, device):
     run_dir = Path(args.run_dir)
     config = utils.load_config(run_dir, "vq_vae")
-    device = utils.pick_device(args.device)
     vq_vae = utils.load_model(run_dir, "vq_vae", device)
     label = pick_label(args.label, config["data"]["classes"])
     prior = load_prior(run_dir, device)
@@ -108,10 +112,16 @@ def main():
         arguments = utils.data_arguments(args, dataset.load, config["data"]["arguments"])
         utils.announce(arguments)
         check_size(run_dir, config, arguments.get("image_size"))
-        data = dataset.load(**arguments)
+        with utils.first_goes_first():
+            data = dataset.load(**arguments)
     print(data.describe())
     check_size(run_dir, config, data.size)
     out = Path(args.out or run_dir / ("input" if args.input else "predict"))
+    draw = functools.partial(draw_samples, args, vq_vae, prior, label, data, run_dir, device, out)
+    if utils.processes()[0] > 0:  # all but the first help with the samples only
+        if prior is not None and args.n_samples:
+            draw(config)
+        return
     utils.make_folder(out)
     stale = WRITTEN if prior and args.n_samples else WRITTEN + SAMPLES
     for old in [path for pattern in stale for path in out.glob(pattern)]:
@@ -151,9 +161,7 @@ def main():
     write_rows(out / "per_slice.csv", split, rows)
     compare_rate(codes, rows, split, vq_vae.config.n_embeddings, result)
     if prior is not None and args.n_samples:
-        images = draw_samples(
-            args, vq_vae, prior, label, data, run_dir, config, device, out, result
-        )
+        images, result["samples"] = draw(config)
         judge_samples(images, vq_vae, data, split, config, device, out, result, args.seed)
         complete(args, vq_vae, prior, codes, labels, split, config, device, out)
     utils.write_json(out / "metrics.json", result)
@@ -369,31 +377,36 @@ def sampling_note(args):
     return note + (f", top {args.top_k}" if args.top_k else "")
 
 
-def draw_samples(args, vq_vae, prior, label, data, run_dir, config, device, out, result):
+def draw_samples(args, vq_vae, prior, label, data, run_dir, device, out, config):
     """Sample slices, each written as NIfTI and PNG as soon as it is drawn; figure of the first.
 
     Samples that an earlier call with the same models and settings has written are left as they are.
-    Returns the first `N_JUDGED` (N, H, W) in [0, 1].
+    Under torchrun each process draws its share. Returns the first `N_JUDGED` (N, H, W) in [0, 1],
+    and what metrics.json says of how they were drawn.
     """
     folder = out / "samples"
     models = [utils.file_hash(run_dir / stage / "model.safetensors") for stage in utils.STAGES]
     settings = {key: getattr(args, key) for key in ("temperature", "top_k", "label", "position")}
     stamp = {"models": models, "seed": args.seed, "data": data.fingerprint, **settings}
-    goes_on = (folder / "settings.json").exists() and (
-        utils.read_json(folder / "settings.json") == stamp
-    )
-    for old in folder.glob("sample_*"):
-        if not goes_on or int(old.name[7:].split(".")[0]) >= args.n_samples:
-            old.unlink()
-    utils.write_json(folder / "settings.json", stamp)
+    if utils.processes()[0] == 0:
+        is_new = not (folder / "settings.json").exists()
+        goes_on = not is_new and utils.read_json(folder / "settings.json") == stamp
+        for old in folder.glob("sample_*"):
+            if not goes_on or int(old.name[7:].split(".")[0]) >= args.n_samples:
+                old.unlink()
+        utils.write_json(folder / "settings.json", stamp)
+    utils.wait_for_all()
     depths = data["train"].positions
     if args.position is not None:
         depths = np.array([args.position], np.float32)
     name = f"generated, no patient; like {utils.data_name(config)}"
-    start, images, rows = time.perf_counter(), [], prior.config.size[0]
-    bar = tqdm(total=-(-args.n_samples // metrics.BATCH) * rows, desc="sampling", unit="row")
-    for first in range(0, args.n_samples, metrics.BATCH):
-        indices = range(first, min(first + metrics.BATCH, args.n_samples))
+    start, rows = time.perf_counter(), prior.config.size[0]
+    images = [np.empty((0, *config["data"]["size"]), np.float32)]
+    share = utils.share(args.n_samples)
+    batches = range(share.start, share.stop, metrics.BATCH)
+    bar = tqdm(total=len(batches) * rows, desc="sampling", unit="row")
+    for first in batches:
+        indices = range(first, min(first + metrics.BATCH, share.stop))
         paths = [folder / f"sample_{i:05d}.nii.gz" for i in indices]
         pictures = [path.with_name(path.name.replace("nii.gz", "png")) for path in paths]
         if first >= N_JUDGED and all(path.exists() for path in [*paths, *pictures]):
@@ -420,14 +433,14 @@ def draw_samples(args, vq_vae, prior, label, data, run_dir, config, device, out,
         if first < N_JUDGED:
             images.append(drawn)
     bar.close()
-    images = np.concatenate(images)[:N_JUDGED]
+    images = utils.gathered(torch.from_numpy(np.concatenate(images)))[:N_JUDGED].numpy()
     note = sampling_note(args)
     note += f", label {args.label}" if args.label else ""
     note += f", position {args.position:g}" if args.position is not None else ""
-    plots.samples(images[:32], out / "samples.png", config, note)
+    if utils.processes()[0] == 0:
+        plots.samples(images[:32], out / "samples.png", config, note)
     seconds = round(time.perf_counter() - start, 2)
-    result["samples"] = {"n": args.n_samples, "seconds": seconds, **settings}
-    return images
+    return images, {"n": args.n_samples, "seconds": seconds, **settings}
 
 
 def judge_samples(images, vq_vae, data, split, config, device, out, result, seed):

@@ -3,6 +3,7 @@
 Stage 1 learns a discrete code for slices; stage 2 freezes it and learns how the codes are
 distributed. The same command again continues an unfinished run: whatever is random in an update
 follows from (seed, update), so the run that was stopped and the run that was not are the same.
+With `torchrun --nproc_per_node=N` before it, the command trains on N devices.
 """
 
 import argparse
@@ -15,10 +16,12 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from signal import SIGTERM
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import dataset
@@ -117,7 +120,7 @@ def parser():
     real = {"type": utils.at_least(0.0, float), "metavar": "X"}
     both = p.add_argument_group("training, both stages (defaults: stage 1 / stage 2)")
     add(both, "n_updates", "updates", **count)
-    add(both, "batch_size", "slices per update", **count)
+    add(both, "batch_size", "slices per update, and per device under torchrun", **count)
     add(both, "learning_rate", "peak learning rate", **real)
     add(both, "log_interval", "updates between validations", **count)
     both.add_argument(
@@ -182,22 +185,24 @@ def main():
         given = {"mode": args.mode, "preset": args.preset, "run_dir": str(run_dir)}
         print(json.dumps(given | {"data": arguments} | settings, indent=2))
         return
-    device = utils.pick_device(args.device)
-    args.precision = utils.pick_precision(args.precision, device)
     compiler = os.environ.get("CXX", "g++")
     if args.compile and not shutil.which(compiler):
         raise UserError(f"--compile: there is no compiler {compiler}; install one or leave it out")
-    utils.announce(arguments)
-    if args.mode == "vq_vae" and "image_size" in arguments:  # refused before a cache is written
-        check_size(arguments["data"], arguments["image_size"], settings["model"]["downsample"])
-    data = dataset.load(**arguments)
-    print(data.describe())
-    args.data_arguments = arguments
-    with utils.only_one(run_dir / f".{args.mode}.lock"):
-        if args.mode == "vq_vae":
-            train_vq_vae(args, run_dir, settings, data, device)
-        else:
-            train_pixelcnn(args, run_dir, settings, data, device, first)
+    with utils.joined(args.device) as device:
+        args.precision = utils.pick_precision(args.precision, device)
+        utils.announce(arguments)
+        if args.mode == "vq_vae" and "image_size" in arguments:  # refused before a cache is written
+            size, f = arguments["image_size"], settings["model"]["downsample"]
+            check_size(arguments["data"], size, f)
+        with utils.first_goes_first():
+            data = dataset.load(**arguments)
+        print(data.describe())
+        args.data_arguments = arguments
+        with utils.only_one(run_dir / f".{args.mode}.lock"):
+            if args.mode == "vq_vae":
+                train_vq_vae(args, run_dir, settings, data, device)
+            else:
+                train_pixelcnn(args, run_dir, settings, data, device, first)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -213,10 +218,12 @@ def train_vq_vae(args, run_dir, settings, data, device):
     model = VQVAE(model_config).to(device, memory_format=torch.channels_last)
     train, validate = data["train"], data["validate"]
     compute = functools.partial(utils.autocast, device, args.precision)
-    network = torch.compile(model) if args.compile else model
+    share = utils.share(len(validate))
+    network = as_trained(model, args, device)
 
     def loss_of(indices):
-        x = train.batch(indices).to(device, memory_format=torch.channels_last)
+        x = train.batch(indices[utils.share(len(indices))])
+        x = x.to(device, memory_format=torch.channels_last)
         with compute():
             y, _, losses = network(x)
         losses["reconstruction"] = reconstruction_loss(x, y.float(), settings["train"]["loss"])
@@ -226,9 +233,9 @@ def train_vq_vae(args, run_dir, settings, data, device):
         with compute():
             parts = [
                 (utils.ssim(x, y), metrics.psnr((x - y).square().mean((1, 2, 3))), codes)
-                for x, y, codes in metrics.reconstruct(model, validate, device)
+                for x, y, codes in metrics.reconstruct(model, validate, device, share=share)
             ]
-        ssim, psnr, codes = (torch.cat(p) for p in zip(*parts, strict=True))
+        ssim, psnr, codes = (utils.gathered(torch.cat(p)) for p in zip(*parts, strict=True))
         figures = {"ssim": float(ssim.mean()), "psnr": float(psnr.mean())}
         return figures | metrics.usage(codes, model_config.n_embeddings)
 
@@ -266,7 +273,8 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
             f"{data.size[0]} x {data.size[1]}); leave out --data, or choose another --run_dir"
         )
     compute = functools.partial(utils.autocast, device, args.precision)
-    codes = {name: metrics.split_codes(run_dir, data, name, device) for name in dataset.SPLITS}
+    with utils.first_goes_first():
+        codes = {name: metrics.split_codes(run_dir, data, name, device) for name in dataset.SPLITS}
     train, validate = (
         tuple(torch.from_numpy(x) for x in (codes[s], data[s].labels, data[s].positions))
         for s in ("train", "validate")
@@ -286,11 +294,15 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
     model = GatedPixelCNN(model_config)
     model.start_from(utils.load_model(run_dir, "vq_vae").quantizer.codebook)
     model = model.to(device, memory_format=torch.channels_last)
-    network = torch.compile(model) if args.compile else model
+    network = as_trained(model, args, device)
+    share = utils.share(len(validate[0]))
 
     def loss_of(indices):
-        batch, label, depth = (tensor[indices].to(device) for tensor in train)
-        hidden = torch.rand((2, len(batch)), device=device) < HIDDEN
+        own = utils.share(len(indices))
+        batch, label, depth = (tensor[indices[own]].to(device) for tensor in train)
+        hidden = torch.rand((2, len(indices)), device=device)[:, own] < HIDDEN
+        if utils.processes()[0] > 0:  # or all would drop out the same activations
+            torch.manual_seed(torch.initial_seed() + utils.processes()[0])
         label, depth = torch.where(hidden[0], -1, label), torch.where(hidden[1], -1, depth)
         with compute():
             logits = network(batch, label, depth)
@@ -298,8 +310,9 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
 
     def score(model):
         with compute():
-            every = metrics.code_bits(model, *validate, device)
-        return {"bits_per_code": float(every.mean(dtype=np.float64))}
+            own = metrics.code_bits(model, *(x[share] for x in validate), device)
+        every = utils.gathered(torch.from_numpy(own))
+        return {"bits_per_code": float(every.mean(dtype=torch.float64))}
 
     best = ("bits_per_code", operator.lt)
     fit(args, run_dir / "pixelcnn", config, model, len(train[0]), loss_of, score, best)
@@ -316,6 +329,17 @@ def configure(kind, values):
         return kind(**values)
     except ValueError as error:
         raise UserError(f"--{error}") from error
+
+
+def as_trained(model, args, device):
+    """The network as the training calls it: compiled, its gradients averaged over processes."""
+    if utils.processes()[1] > 1:
+        model = DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            static_graph=True,  # the last layer's vertical stack leads nowhere
+        )
+    return torch.compile(model) if args.compile else model
 
 
 def make_config(args, settings, model_config, data):
@@ -352,7 +376,8 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
         directory: of the stage; config.json, log.jsonl, curves.png, checkpoint.pt and
             model.safetensors (the best weights so far) are written there.
         n_train: number of training slices.
-        loss_of: indices (B,) into the training split -> dict of scalar losses, minimised together.
+        loss_of: indices (B,) into the training split, of all processes together -> dict of scalar
+            losses of this one's share, minimised together.
         score: model -> dict of validation figures.
         best: name of the figure that decides, and whether one value of it beats another.
     """
@@ -364,8 +389,11 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     )
     averaged = copy.deepcopy(model) if options["average"] else model
     state = {"update": 0, "best": None, "best_update": 0, "skipped": 0}
-    if args.fresh and directory.exists():
+    rank, n_processes = utils.processes()
+    if args.fresh and rank == 0 and directory.exists():
         shutil.rmtree(directory)
+    utils.wait_for_all()
+    batch_size = n_processes * options["batch_size"]
     running = []  # losses since the last validation
     log = resume(directory, config, model, averaged, optimizer, state, running)
     if is_done(log, state, options):
@@ -374,10 +402,12 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
             f"{state['best']:.4f}; --fresh starts over, more --n_updates or --patience go on"
         )
         return
-    utils.write_json(directory / "config.json", config)
+    utils.wait_for_all()
+    save(utils.write_json, directory / "config.json", config)
     shown = {}
     diverged = f"{directory}: {{}} at update {{}}; what was saved is good; lower --learning_rate"
     stopped = f"{directory}: saved at update {{}}; the same command goes on from there"
+    everything = directory, config, log, model, averaged, optimizer, state, running
     skipped = 0  # updates in a row without a finite gradient
     total = {"total": options["n_updates"], "initial": state["update"], "unit": "update"}
     with tqdm(**total, desc=args.mode) as bar, utils.noted_signals() as signals:
@@ -387,34 +417,33 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(update, options)
             model.train()
-            losses = loss_of(batch_indices(n_train, options["batch_size"], update, options["seed"]))
+            losses = loss_of(batch_indices(n_train, batch_size, update, options["seed"]))
             loss = sum(losses.values())
             optimizer.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options["clip"] or math.inf)
             is_finite = bool(torch.isfinite(norm))
+            *values, told = utils.mean_of_all([v.item() for v in losses.values()] + [len(signals)])
             skipped = 0 if is_finite else skipped + 1
             state["skipped"] += not is_finite
             if skipped == 10:
                 raise UserError(diverged.format("10 updates without a finite gradient", update))
             if is_finite:
                 optimizer.step()
-                running.append({name: value.item() for name, value in losses.items()})
+                running.append(dict(zip(losses, values, strict=True)))
             if averaged is not model:
                 average(averaged, model, min(options["average"], (update + 1) / (update + 10)))
             state["update"] = update = update + 1
             bar.update()
             rate = bar.format_dict["rate"]
             if rate:
-                shown["img/s"] = f"{rate * options['batch_size']:.0f}"
-            bar.set_postfix(loss=f"{loss.item():.3f}", **shown)
+                shown["img/s"] = f"{rate * batch_size:.0f}"
+            bar.set_postfix(loss=f"{sum(values):.3f}", **shown)
             is_due = update % options["log_interval"] == 0 or update == options["n_updates"]
             if not (is_due and running):
-                if signals:
-                    save_checkpoint(
-                        directory, config, log, model, averaged, optimizer, state, running
-                    )
-                    raise utils.Stopped(signals[0], stopped.format(update))
+                if told:
+                    save(save_checkpoint, *everything)
+                    raise utils.Stopped((signals or [SIGTERM])[0], stopped.format(update))
                 continue
 
             averaged.eval()
@@ -430,20 +459,26 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
                     shown[f"val {name}"] = f"{figures[name]:.4g}"
             if state["best"] is None or beats(figures[key], state["best"]):
                 state["best"], state["best_update"] = figures[key], update
-                utils.save_model(averaged, directory / "model.safetensors")
-            save_checkpoint(directory, config, log, model, averaged, optimizer, state, running)
+                save(utils.save_model, averaged, directory / "model.safetensors")
+            save(save_checkpoint, *everything)
             if "used" in figures and is_collapsing(**figures):
                 bar.write(
                     f"warning: the codebook collapses: after {update} updates {figures['used']} of "
                     f"{figures['size']} codes are in use, perplexity {figures['perplexity']:.1f}"
                 )
-            if signals and not is_done(log, state, options):
-                raise utils.Stopped(signals[0], stopped.format(update))
+            if told and not is_done(log, state, options):
+                raise utils.Stopped((signals or [SIGTERM])[0], stopped.format(update))
     if state["best"] is None:
         raise UserError(diverged.format("no finite gradient", state["update"]))
     best_so_far = f"{state['best']:.4f} at update {state['best_update']}"
     lost = f"; {state['skipped']} updates without a finite gradient" if state["skipped"] else ""
     print(f"{directory}: best validation {key} {best_so_far}{lost}")
+
+
+def save(write, *args):
+    """Call `write(*args)` in one process only."""
+    if utils.processes()[0] == 0:
+        write(*args)
 
 
 def is_collapsing(used, size, perplexity, **_):

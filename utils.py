@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import datetime
 import hashlib
 import inspect
 import json
@@ -18,8 +19,10 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from torch import distributed
 
 import modules
+from modules import processes
 
 try:
     import fcntl
@@ -68,8 +71,9 @@ def noted_signals():
 
     def note(number, _):
         noted.append(number)
-        print("\nstopping after this update; once more to leave at once", file=sys.stderr)
-        restore()
+        if processes()[1] == 1:  # torchrun passes one signal on twice, and ends what hangs itself
+            print("\nstopping after this update; once more to leave at once", file=sys.stderr)
+            restore()
 
     def restore():
         for number, handler in before.items():
@@ -87,7 +91,7 @@ def noted_signals():
 @contextlib.contextmanager
 def only_one(path):
     """Hold the lock file `path`, or raise a UserError that names the process which holds it."""
-    if fcntl is None:  # no such locks on this system
+    if fcntl is None or processes()[0] > 0:  # no such locks on this system, or not ours to hold
         yield
         return
     make_folder(path.parent)
@@ -233,6 +237,77 @@ def _has_bf16(device):
     if device.type == "cpu":
         return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
     return False
+
+
+@contextlib.contextmanager
+def joined(name):
+    """Join the processes that torchrun started, if it did, and yield the device of this one.
+
+    All but the first keep silent.
+    """
+    device = pick_device(name)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield device
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        there = torch.cuda.device_count()
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= there:
+            raise UserError(f"torchrun: more processes than the {there} devices of this machine")
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(backend, timeout=datetime.timedelta(hours=4))
+    try:
+        with contextlib.ExitStack() as stack:
+            if processes()[0] > 0:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield device
+    finally:
+        distributed.destroy_process_group()
+
+
+def wait_for_all():
+    if processes()[1] > 1:
+        distributed.barrier()
+
+
+@contextlib.contextmanager
+def first_goes_first():
+    """The first process runs the block before the others do: they find what it has written."""
+    if processes()[0] > 0:
+        wait_for_all()
+    yield
+    if processes()[0] == 0:
+        wait_for_all()
+
+
+def share(n):
+    """This process's part of n things, as a slice."""
+    rank, n_processes = processes()
+    return slice(n * rank // n_processes, n * (rank + 1) // n_processes)
+
+
+def gathered(x):
+    """Tensors (n, ...), one from each process -> all of them, in order, on the CPU of each."""
+    x, n_processes = x.cpu(), processes()[1]
+    if n_processes == 1:
+        return x
+    parts = [None] * n_processes
+    distributed.all_gather_object(parts, x)
+    return torch.cat(parts)
+
+
+def mean_of_all(values):
+    """Numbers, as many from each process -> the mean of each over the processes."""
+    n_processes = processes()[1]
+    if n_processes == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64)
+    distributed.all_reduce(total)
+    return (total / n_processes).tolist()
 
 
 def versions():

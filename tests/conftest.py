@@ -29,9 +29,12 @@ def data(tmp_path_factory):
     return root
 
 
-def call(command, *, cwd=ROOT, code=0):
-    """Run `python COMMAND` in a shell's way; returns (stdout, stderr)."""
+def call(command, *, cwd=ROOT, code=0, processes=None):
+    """Run `python COMMAND`, or `torchrun COMMAND`, in a shell's way; returns (stdout, stderr)."""
     words = command if isinstance(command, list) else command.split()
+    if processes:
+        launcher = ["-m", "torch.distributed.run", "--standalone"]
+        words = [*launcher, f"--nproc_per_node={processes}", *words]
     done = subprocess.run(
         [sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,81 @@ def test_patience_stops_early(data, tmp_path):
     assert "best validation ssim" in out
     again, _ = call(f"{command} --n_updates 90 --log_interval 1 --learning_rate 0 --patience 2")
     assert "finished" in again
+
+
+QUANTISE = """
+import os, sys, torch
+sys.path.insert(0, os.getcwd())
+import modules
+if "RANK" in os.environ:
+    torch.distributed.init_process_group("gloo")
+rank, n = modules.processes()
+torch.manual_seed(0)
+quantiser = modules.VectorQuantizer(64, 4, diversity=0.1, codebook=sys.argv[1])
+grads = []
+for update in range(4):
+    torch.manual_seed(update)
+    z = torch.randn(8, 4, 5, 3) * (1 + update)  # the spread grows, so that codes die
+    z = z.chunk(n)[rank].requires_grad_()
+    z_q, _, losses = quantiser(z)
+    (z_q.square().mean() + sum(losses.values())).backward()
+    grads.append(z.grad / n)  # as averaging over the processes would leave it
+if rank == 0:
+    torch.save((quantiser.state_dict(), grads), sys.argv[2])
+if n > 1:
+    torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("codebook", ["ema", "loss"])
+def test_a_quantiser_of_two_processes_equals_one(codebook, tmp_path):
+    """k-means start, moving averages, revival, and the gradients of all loss terms."""
+    script = tmp_path / "quantise.py"
+    script.write_text(QUANTISE)
+    call(f"{script} {codebook} {tmp_path / 'one'}")
+    call(f"{script} {codebook} {tmp_path / 'two'}", processes=2)
+    (one, grads), (two, of_first) = (torch.load(tmp_path / name) for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5, msg=name)
+    for whole, half in zip(grads, of_first, strict=True):
+        torch.testing.assert_close(half, whole[:4], rtol=1e-4, atol=1e-7)
+
+
+def test_two_processes_equal_one_of_twice_the_batch(data, tmp_path):
+    """Both stages: k-means start, revival, diversity term, hidden labels, averaged weights.
+
+    Vectors of the blank background are as near to one code as to the next, hence the tolerances.
+    """
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = f"--mode vq_vae --data {data} --precision fp32 {SMALL_VQ_VAE} --n_embeddings 64"
+    prior = f"--mode pixelcnn --precision fp32 {SMALL_PRIOR} --dropout 0"
+    for stage, words in (("vq_vae", flags), ("pixelcnn", prior)):
+        call(f"train.py --run_dir {one} {words} --batch_size 4")
+        call(f"train.py --run_dir {two} {words} --batch_size 2", processes=2)
+        a, b = (load_file(run / stage / "model.safetensors") for run in (one, two))
+        for name in a:
+            near = dict(rtol=0, atol=2) if name == "quantizer.count" else dict(rtol=0, atol=5e-3)
+            torch.testing.assert_close(b[name], a[name], **near, msg=name)
+        a, b = ((run / stage / "log.jsonl").read_text().splitlines() for run in (one, two))
+        for x, y in zip(map(json.loads, a), map(json.loads, b), strict=True):
+            for name in x["train"].keys() & {"reconstruction", "bits_per_code"}:
+                assert y["train"][name] == pytest.approx(x["train"][name], rel=1e-4)
+            for name in x["validate"].keys() & {"ssim", "psnr", "bits_per_code"}:
+                assert y["validate"][name] == pytest.approx(x["validate"][name], rel=1e-3)
+        shutil.rmtree(two / "vq_vae")  # so that stage 2 starts from the same
+        shutil.copytree(one / "vq_vae", two / "vq_vae")
+
+    call(f"train.py --run_dir {two} {prior} --batch_size 2 --n_updates 6")  # now by one
+    call(f"train.py --run_dir {two} {prior} --batch_size 2 --n_updates 8", processes=2)
+    log = [json.loads(line) for line in (two / "pixelcnn" / "log.jsonl").open()]
+    assert [entry["update"] for entry in log] == [2, 4, 6, 8]
+
+    for out, processes in ((one, None), (two, 2)):
+        words = f"predict.py --run_dir {one} --n_samples 5 --out {out / 'predict'}"
+        call(words, processes=processes)
+    for i in range(5):
+        a, b = (run / "predict" / "samples" / f"sample_{i:05d}.nii.gz" for run in (one, two))
+        assert a.read_bytes() == b.read_bytes()
 
 
 def test_a_collapsing_codebook_is_told_from_a_young_one():
