@@ -10,6 +10,7 @@ import functools
 import gzip
 import io
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,7 @@ N_JUDGED = 512  # samples at most that are compared with real slices
 WRITTEN = ["metrics.json", "report.html", "per_slice.csv", "surprise/[0-9]*_*.nii.gz"]
 WRITTEN += [f"{name}.png" for name in plots.CAPTIONS]
 SAMPLES = ["samples/settings.json", "samples/sample_[0-9]*"]
+UNFINISHED = ".unfinished"  # folder for what a call has written until it is done
 PROTOCOL = {
     "images": "float32 in [0, 1]; reconstructions clipped to it",
     "arithmetic": "float32",
@@ -116,16 +118,15 @@ def predict(args, device):
             data = dataset.load(**arguments)
     print(data.describe())
     check_size(run_dir, config, data.size)
-    out = Path(args.out or run_dir / ("input" if args.input else "predict"))
+    final = Path(args.out or run_dir / ("input" if args.input else "predict"))
+    out = final / UNFINISHED  # so that a call that fails leaves the results of the last one alone
     draw = functools.partial(draw_samples, args, vq_vae, prior, label, data, run_dir, device, out)
     if utils.processes()[0] > 0:  # all but the first help with the samples only
         if prior is not None and args.n_samples:
             draw(config)
         return
     utils.make_folder(out)
-    stale = WRITTEN if prior and args.n_samples else WRITTEN + SAMPLES
-    for old in [path for pattern in stale for path in out.glob(pattern)]:
-        old.unlink()  # or pictures of an earlier call would pass for this one's
+    remove(out, WRITTEN)
     learned_from = config["data"]["fingerprint"]
     config["data"] |= {"name": data.name, "is_phantom": data.is_phantom}
 
@@ -166,7 +167,28 @@ def predict(args, device):
         complete(args, vq_vae, prior, codes, labels, split, config, device, out)
     utils.write_json(out / "metrics.json", result)
     plots.report(result, config, out, run_dir)
-    summarise(result, out, data, args.split)
+    publish(out, final, has_samples=result["samples"] is not None)
+    summarise(result, final, data, args.split)
+
+
+def remove(folder, patterns):
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        path.unlink()
+
+
+def publish(out, final, has_samples):
+    """Move what this call wrote from `out` to `final`, in place of what an earlier one had."""
+    ours = [path for path in out.rglob("*") if path.is_file()]
+    drawn = [path for path in ours if path.parent.name == "samples"]
+    keeps_samples = has_samples and not drawn  # those of an earlier call are this one's too
+    remove(final, WRITTEN if keeps_samples else WRITTEN + SAMPLES)
+    for path in ours:
+        if has_samples or path not in drawn:  # else they are of a call that may yet go on
+            target = final / path.relative_to(out)
+            utils.make_folder(target.parent)
+            path.replace(target)
+    if has_samples or not drawn:
+        shutil.rmtree(out)
 
 
 def check_size(run_dir, config, size):
@@ -380,21 +402,28 @@ def sampling_note(args):
 def draw_samples(args, vq_vae, prior, label, data, run_dir, device, out, config):
     """Sample slices, each written as NIfTI and PNG as soon as it is drawn; figure of the first.
 
-    Samples that an earlier call with the same models and settings has written are left as they are.
+    Samples that an earlier call with the same models and settings has written, finished or not, are
+    left as they are.
     Under torchrun each process draws its share. Returns the first `N_JUDGED` (N, H, W) in [0, 1],
     and what metrics.json says of how they were drawn.
     """
-    folder = out / "samples"
     models = [utils.file_hash(run_dir / stage / "model.safetensors") for stage in utils.STAGES]
     settings = {key: getattr(args, key) for key in ("temperature", "top_k", "label", "position")}
     stamp = {"models": models, "seed": args.seed, "data": data.fingerprint, **settings}
+
+    def is_alike(folder):
+        path = folder / "settings.json"
+        return path.exists() and utils.read_json(path) == stamp
+
+    folder = out.parent / "samples"
+    folder = folder if is_alike(folder) else out / "samples"
     if utils.processes()[0] == 0:
-        is_new = not (folder / "settings.json").exists()
-        goes_on = not is_new and utils.read_json(folder / "settings.json") == stamp
+        if not is_alike(folder):
+            remove(out, SAMPLES)
+            utils.write_json(folder / "settings.json", stamp)
         for old in folder.glob("sample_*"):
-            if not goes_on or int(old.name[7:].split(".")[0]) >= args.n_samples:
+            if int(old.name[7:].split(".")[0]) >= args.n_samples:
                 old.unlink()
-        utils.write_json(folder / "settings.json", stamp)
     utils.wait_for_all()
     depths = data["train"].positions
     if args.position is not None:

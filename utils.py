@@ -59,6 +59,14 @@ def run_main(main):
         number, text = stopped.args
         print(f"\n{text}", file=sys.stderr)
         sys.exit(128 + number)
+    except (MemoryError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or ["the system has no more"])[0]
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
+            words in reason for words in ("allocate memory", "not enough memory")
+        ):
+            raise
+        print(f"error: out of memory ({reason}); try a smaller --batch_size", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; training goes on from what it saved last if run again", file=sys.stderr)
         sys.exit(130)

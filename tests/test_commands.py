@@ -231,6 +231,33 @@ def test_many_samples_go_on_where_they_stopped(run_dir, tmp_path, monkeypatch):
     assert other["sample_00002.png"] != whole["sample_00002.png"]
 
 
+def test_a_full_disk_leaves_the_results_of_the_last_call(run_dir, tmp_path):
+    words = f"predict.py --run_dir {run_dir} --out {tmp_path} --n_maps 0 --n_samples"
+    call(f"{words} 2")
+    before = contents(tmp_path)
+    code = (
+        "import resource, sys, predict, utils\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))\n"  # too little for a figure
+        "utils.run_main(predict.main)\n"
+    )
+    mistake(["-c", code, *f"{words} 3 --seed 1".split()[1:]], "cannot be written", "disk full")
+    assert {p: data for p, data in contents(tmp_path).items() if p in before} == before
+    call(f"{words} 3 --seed 1")
+    assert not (tmp_path / ".unfinished").exists()
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 3
+
+
+def test_too_little_memory_is_one_error(data, tmp_path):
+    words = f"--mode vq_vae --data {data} --run_dir {tmp_path} --n_residual_hiddens 30000"
+    code = (
+        "import resource, train, utils\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
+        "utils.run_main(train.main)\n"
+    )
+    words += " --n_hiddens 30000"  # 32 GB for a kernel
+    mistake(["-c", code, *words.split()], "out of memory", "--batch_size")
+
+
 class Page(HTMLParser):
     """What a browser would fetch or run."""
 
