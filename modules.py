@@ -556,12 +556,27 @@ class GatedPixelCNN(nn.Module):
         """
         n, rows, columns = codes.shape
         device, c, r = self.atlas.device, self.config.n_channels, self.config.kernel_size // 2
+        n_layers = len(self.layers)
         atlas, conditions = self._conditions(n, label, depth)
         # per layer, the vertical stack's last r + 1 input rows; zeros are the padding above row 0
         above = [torch.zeros(n, c, r + 1, columns + 2 * r, device=device) for _ in self.layers]
-        kernels = [la.horizontal.weight.permute(3, 1, 0, 2).flatten(0, 1) for la in self.layers]
-        kernels = [kernel[:, :, 0] for kernel in kernels]  # ((r + 1) C, 2C)
-        outs = [(la.h_out.weight.flatten(1), la.h_out.bias) for la in self.layers]
+        # per layer, the horizontal stack's inputs of a row, r zeros of padding before them, and
+        # views of it: what the kernel covers at each column, and the place of that column
+        left = torch.zeros(n_layers + 1, n, (columns + r) * c, device=device)
+        covered = [left[..., j * c : (j + r + 1) * c].unbind() for j in range(columns)]
+        here = [left[..., (j + r) * c : (j + r + 1) * c].unbind() for j in range(columns)]
+        # half a sigmoid's input, since sigmoid(b) = (1 + tanh(b / 2)) / 2: one tanh does for a gate
+        half = torch.ones(2 * c, device=device)
+        half[c:] = 0.5
+        kernels, outs = [], []
+        for layer in self.layers:
+            kernel = layer.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1)
+            kernels.append((kernel * half).contiguous())  # ((r + 1) C, 2C)
+            out = torch.cat([0.5 * layer.h_out.weight.flatten(1).t(), layer.h_out.bias[None]])
+            outs.append(out)  # (C + 1, C)
+        x, gated = torch.empty(n, 2 * c, device=device), torch.ones(n, c + 1, device=device)
+        a, b = x.chunk(2, 1)
+        inner = gated[:, :c]  # the last column multiplies the bias
         hidden, last = ((conv.weight.flatten(1), conv.bias) for conv in self.head[1::2])
         previous_row = torch.zeros(n, c, columns, device=device)
         for i in range(rows):
@@ -570,22 +585,21 @@ class GatedPixelCNN(nn.Module):
             for layer, condition, window in zip(self.layers, conditions, above, strict=True):
                 window.copy_(window.roll(-1, 2))
                 window[:, :, -1, r : r + columns] = v
-                x = layer.vertical(window)  # (n, 2C, 1, w)
+                y = layer.vertical(window)  # (n, 2C, 1, w)
                 bias = layer.horizontal.bias[:, None, None]
-                down = (layer.down(x) + condition + bias)[:, :, 0]
+                down = (layer.down(y) + condition + bias)[:, :, 0] * half[:, None]
                 from_above.append(down.permute(2, 0, 1).contiguous().unbind())
-                v = v + layer.v_out(gate(x + condition))[:, :, 0]
-            # per layer, the horizontal stack's inputs of this row, r zeros of padding before them
-            left = [torch.zeros(n, (columns + r) * c, device=device) for _ in self.layers]
+                v = v + layer.v_out(gate(y + condition))[:, :, 0]
             code_left = torch.zeros(n, c, device=device)
             for j in range(columns):
-                h = code_left + atlas[:, :, i, j]  # (n, C)
-                start, here, end = j * c, (j + r) * c, (j + r + 1) * c
-                for k, out in enumerate(outs):
-                    left[k][:, here:end] = h
-                    x = torch.addmm(from_above[k][j], left[k][:, start:end], kernels[k])
-                    h = h + F.linear(gate(x), *out)
-                yield i, j, F.linear(F.relu(F.linear(F.relu(h), *hidden)), *last)  # self.head
+                torch.add(code_left, atlas[:, :, i, j], out=here[j][0])
+                for k in range(n_layers):
+                    torch.addmm(from_above[k][j], covered[j][k], kernels[k], out=x)
+                    x.tanh_()
+                    torch.addcmul(a, a, b, out=inner)
+                    torch.addmm(here[j][k], gated, outs[k], out=here[j][k + 1])
+                h = F.relu(here[j][-1])
+                yield i, j, F.linear(F.relu(F.linear(h, *hidden)), *last)  # self.head
                 code_left = self.embedding(codes[:, i, j])
             previous_row = self.embedding(codes[:, i]).transpose(1, 2)
 

@@ -16,8 +16,9 @@ import tables  # noqa: E402
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(?:sh|bash)\n(.*?)```", TEXT, re.S)
-LINES = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
-COMMANDS = sorted({line for line in LINES if line.startswith("python ")})
+WHOLE = [block.replace("\\\n", " ") for block in BLOCKS]  # lines that end in a backslash go on
+LINES = [line.split("  #")[0].strip() for block in WHOLE for line in block.splitlines()]
+COMMANDS = sorted({line for line in LINES if re.match("(srun )?torchrun |python ", line)})
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", TEXT))))
@@ -33,7 +34,9 @@ def test_the_three_commands_are_there():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command):
-    _, script, *words = shlex.split(command)
+    words = shlex.split(command)
+    script = next(word for word in words if word.endswith(".py"))
+    words = words[words.index(script) + 1 :]
     parsers = {"train.py": train.parser, "predict.py": predict.parser}
     if script in parsers:
         parsers[script]().parse_args(words)
