@@ -13,7 +13,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 figures: demo
-	cd runs/demo/predict && cp samples.png codes.png completions.png ../../../figures/
+	$(BIN)/python benchmarks/figures.py --run_dir runs/demo
 
 install: $(VENV)/.installed
 

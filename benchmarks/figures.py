@@ -1,0 +1,163 @@
+"""The README's figures: two drawn from the networks themselves, the others those of a run.
+
+    python benchmarks/figures.py --run_dir runs/demo
+
+figures/architecture.png shows the layers of a run's networks with the shapes that pass through
+them, figures/receptive_field.png which codes a logit of its prior depends on. The rest are copied
+from what predict.py drew.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.patches import FancyBboxPatch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import utils  # noqa: E402
+
+COPIED = ["samples", "codes", "completions"]
+
+
+def passed(layers, x):
+    """[(what a layer does, shape of its output), ...], each shape as C x H x W."""
+    rows = []
+    for layer in layers:
+        x = layer(x)
+        if isinstance(layer, nn.Conv2d):
+            text = "conv {} x {}".format(*layer.kernel_size)
+            text += f", stride {layer.stride[0]}" if layer.stride[0] > 1 else ""
+        elif isinstance(layer, nn.PixelUnshuffle):
+            text = f"fold {layer.downscale_factor} x {layer.downscale_factor}\npixels"
+        elif isinstance(layer, nn.PixelShuffle):
+            text = f"unfold {layer.upscale_factor} x {layer.upscale_factor}"
+        elif isinstance(layer, nn.Sequential):
+            text = f"{len(layer)} residual\nblocks"
+        else:
+            text = {"UnitRMS": "unit RMS"}.get(type(layer).__name__)
+        if text:
+            rows.append((text, " x ".join(map(str, x.shape[1:]))))
+    return rows, x
+
+
+def draw_row(axis, y, boxes, colour):
+    """Boxes from left to right, an arrow before each but the first."""
+    for i, (text, shape) in enumerate(boxes):
+        patch = FancyBboxPatch((i, y), 0.8, 0.62, "round,pad=0.03", fc=colour, ec="0.3")
+        axis.add_patch(patch)
+        axis.text(i + 0.4, y + 0.42, text.replace(", ", ",\n"), ha="center", va="center", size=7)
+        axis.text(i + 0.4, y + 0.12, shape, ha="center", va="center", size=6.5, color="0.25")
+        if i:
+            ends = (i - 0.04, y + 0.31), (i - 0.16, y + 0.31)
+            axis.annotate("", *ends, arrowprops={"arrowstyle": "->"})
+
+
+@torch.no_grad()
+def architecture(vq_vae, prior, size, path):
+    image = torch.zeros(1, 1, *size)
+    encoder, z = passed(vq_vae.encoder, image)
+    z_q, codes, _ = vq_vae.quantizer(z)
+    decoder, _ = passed(vq_vae.decoder, z_q)
+    k, c = prior.config.kernel_size, prior.config.n_channels
+    h, w = prior.config.size
+    grid = f"{h} x {w}"
+    rows = [
+        ("encoder", [("slice", f"1 x {size[0]} x {size[1]}"), *encoder], "#cfe3f5"),
+        ("vector quantiser", [
+            (f"nearest of\n{vq_vae.config.n_embeddings} vectors", f"{z.shape[1]} x {grid}"),
+            ("codes", grid),
+        ], "#f7e3b5"),
+        ("decoder", [("vectors of\nthe codes", f"{z.shape[1]} x {grid}"), *decoder], "#d5efd2"),
+        ("prior", [
+            ("codes", grid),
+            ("embedding,\n+ atlas", f"{c} x {grid}"),
+            (f"{prior.config.n_layers} gated layers,\n{k // 2 + 1} x {k} and 1 x {k // 2 + 1}",
+             f"2 x {c} x {grid}"),
+            ("head of the\nhorizontal one", f"{prior.config.n_embeddings} x {grid}"),
+            ("p(code | codes\nbefore it)", grid),
+        ], "#ecd6ee"),
+    ]  # fmt: skip
+    width = max(len(boxes) for _, boxes, _ in rows)
+    figure, axis = plt.subplots(figsize=(1.05 * width + 1.2, 4.4), layout="constrained")
+    for i, (name, boxes, colour) in enumerate(rows):
+        y = len(rows) - 1 - i
+        axis.text(-0.12, y + 0.31, name, ha="right", va="center", size=9, weight="bold")
+        draw_row(axis, y, boxes, colour)
+    axis.set(xlim=(-1.5, width), ylim=(-0.15, len(rows) - 0.2))
+    axis.set_axis_off()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def masked_stack(n_layers, size):
+    """The single stack of masked 3 x 3 convolutions whose blind spot [2] mends."""
+    layers = []
+    for i in range(n_layers):
+        conv = nn.Conv2d(1 if i == 0 else 8, 8, 3, padding=1)
+        mask = torch.ones(3, 3)
+        mask[1, 1 + (i > 0) :] = 0
+        mask[2] = 0
+        conv.weight.data *= mask
+        layers += [conv, nn.Tanh()]
+    x = torch.randn(1, 1, *size, requires_grad=True)
+    return nn.Sequential(*layers)(x), x
+
+
+def seen(y, x, place):
+    """Size of the gradient of y at a place with respect to each place of x: (h, w)."""
+    y[0, :, place[0], place[1]].square().sum().backward()
+    return x.grad.abs().sum(1)[0]
+
+
+def receptive_field(prior, path):
+    h, w = prior.config.size
+    place = (2 * h // 3, w // 2)
+    kept = []
+
+    def keep(module, args, output):
+        kept.append(output.detach().requires_grad_())
+        return kept[0]
+
+    handle = prior.embedding.register_forward_hook(keep)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(prior.config.n_embeddings, (1, h, w), generator=generator)
+    logits = prior(codes)
+    handle.remove()
+    logits[0, :, place[0], place[1]].square().sum().backward()
+    ours = kept[0].grad.abs().sum(3)[0]
+    torch.manual_seed(0)
+    theirs = seen(*masked_stack(prior.config.n_layers, (h, w)), place)
+    figure, axes = plt.subplots(1, 2, figsize=(6.4, 5), layout="constrained")
+    titles = (f"{prior.config.n_layers} masked 3 x 3 convolutions", "this prior, trained")
+    for axis, gradient, title in zip(axes, (theirs, ours), titles, strict=True):
+        shown = (gradient > 0) * (gradient / gradient.max()).clamp(min=1e-6).log10()
+        shown = torch.where(gradient > 0, shown, torch.nan)
+        image = axis.imshow(shown, cmap="viridis", vmin=-4, vmax=0)
+        axis.set_facecolor("0.85")
+        axis.plot(place[1], place[0], "r+", markersize=10)
+        axis.set(title=title, xlabel="column of codes", ylabel="row of codes")
+    figure.colorbar(image, ax=axes, label="gradient of the logits at +, log10 of its share")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--run_dir", type=Path, default=Path("runs/demo"), help="a run after predict.py")
+    args = p.parse_args()
+    figures = ROOT / "figures"
+    vq_vae, prior = (utils.load_model(args.run_dir, stage) for stage in utils.STAGES)
+    size = utils.load_config(args.run_dir, "vq_vae")["data"]["size"]
+    architecture(vq_vae, prior, size, figures / "architecture.png")
+    receptive_field(prior, figures / "receptive_field.png")
+    for name in COPIED:
+        shutil.copy(args.run_dir / "predict" / f"{name}.png", figures)
+
+
+if __name__ == "__main__":
+    main()
