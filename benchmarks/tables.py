@@ -2,14 +2,20 @@
 
     python benchmarks/tables.py
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`. A test compares them.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`. A test compares them. The tables of
+flags are made from the commands' own parsers.
 """
 
 import json
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import predict  # noqa: E402
+import train  # noqa: E402
+
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -105,9 +111,44 @@ def quantizer():
     )  # fmt: skip
 
 
+def runs():
+    return table(
+        ["stage", "share of the training spent on saving", "first update, resumed (s)",
+         "first update, fresh (s)", "peak memory (GiB)"],
+        [
+            [f"`{stage}`", f"{100 * row['saving_share']:.1f} %", f"{row['resumed_s']:.1f}",
+             f"{row['fresh_s']:.1f}", f"{row['peak_gib']:.1f}"]
+            for stage, row in results("runs")["rows"].items()
+        ],
+    )  # fmt: skip
+
+
+def flags(parser):
+    formatter, rows = parser._get_formatter(), []
+    for action in parser._actions:
+        name = max(action.option_strings, key=len)
+        if name != "--help":
+            values = formatter._format_args(action, action.dest.upper())
+            text = formatter._expand_help(action).replace("|", "\\|")
+            rows.append([f"`{f'{name} {values}'.strip()}`".replace("|", "\\|"), text])
+    return table(["flag", "what it sets"], rows)
+
+
+def flags_train():
+    return flags(train.parser())
+
+
+def flags_predict():
+    return flags(predict.parser())
+
+
 TABLES = {
-    f.__name__: f for f in (vq_vae, ablation, long, prior, prior_ablation, sampling, quantizer)
-}
+    f.__name__: f
+    for f in (
+        vq_vae, ablation, long, prior, prior_ablation, sampling, quantizer, runs, flags_train,
+        flags_predict,
+    )
+}  # fmt: skip
 
 
 def filled(text):
