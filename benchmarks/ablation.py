@@ -4,10 +4,10 @@
     python benchmarks/ablation.py --data DIR --rows demo --seconds 1100 --out long_f8
 
 A row is the preset `demo` with the flags named, or with a variant that was tried and is not part of
-the project: the rotation trick (Fifty et al. 2024, arXiv 2410.06424) and finite scalar quantisation
-(Mentzer et al. 2023, arXiv 2309.15505). Rows run side by side, each on a core of its own, with the
-budget counted in processor seconds. Writes benchmarks/results/OUT.json; rows already there with the
-same budget are kept unless named.
+the project: the rotation trick (Fifty et al. 2024, arXiv 2410.06424), finite scalar quantisation
+(Mentzer et al. 2023, arXiv 2309.15505), and, as baselines, no quantiser at all. Rows run side by
+side, each on a core of its own, with the budget counted in processor seconds. Writes
+benchmarks/results/OUT.json; rows already there with the same budget are kept unless named.
 """
 
 import argparse
@@ -47,6 +47,9 @@ ROWS = {
     "averaged weights": [],
     "rotation trick": [],
     "FSQ 8 x 8 x 8": ["--embedding_dim", "3"],
+    "autoencoder, 32 numbers a place": [],
+    "VAE, 32 numbers a place": [],
+    "VAE, 4 numbers a place": ["--embedding_dim", "4"],
 }
 
 
@@ -79,6 +82,36 @@ class FiniteScalar(torch.nn.Module):
         return (bounded + (whole - bounded).detach()) / 4, codes, {}
 
 
+class Continuous(torch.nn.Module):
+    """A plain autoencoder's bottleneck: no codes, and no limit to the bits."""
+
+    def __init__(self, *_):
+        super().__init__()
+
+    def forward(self, z):
+        return z.float(), torch.zeros_like(z[:, 0], dtype=torch.int64), {}
+
+
+class Gaussian(Continuous):
+    """The bottleneck of a VAE (Kingma & Welling 2013): a posterior N(z, s^2), s learned by channel.
+
+    The prior is N(0, 1).
+    """
+
+    def __init__(self, _, embedding_dim, *__):
+        super().__init__()
+        self.log_s = torch.nn.Parameter(torch.full((embedding_dim, 1, 1), -2.0))
+
+    def forward(self, z):
+        z, codes, _ = super().forward(z)
+        if not self.training:
+            return z, codes, {}
+        divergence = 0.5 * (z.square() + (2 * self.log_s).exp() - 1) - self.log_s
+        weight = 1e-4 * z.shape[1]  # sums over channels, means over places and slices
+        noisy = z + self.log_s.exp() * torch.randn_like(z)
+        return noisy, codes, {"divergence": weight * divergence.mean()}
+
+
 def apply(row):
     """Change what the row's name says and no flag can."""
     presets = harness.train.PRESETS["demo"]["vq_vae"]
@@ -92,6 +125,9 @@ def apply(row):
         presets["train"]["average"] = 0.99
     elif row == "rotation trick":
         modules.VectorQuantizer = RotationTrick
+    elif row.startswith(("autoencoder", "VAE")):
+        modules.VectorQuantizer = Continuous if row.startswith("auto") else Gaussian
+        modules.UnitRMS = torch.nn.Identity
     elif row == "FSQ 8 x 8 x 8":
         modules.VectorQuantizer, modules.UnitRMS = FiniteScalar, torch.nn.Identity
 
