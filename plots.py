@@ -99,8 +99,8 @@ def reconstructions(x, x_hat, titles, path, config, protocol):
     _save(figure, path)
 
 
-def codes(x, maps, codebook, path, config):
-    """Slices above their code maps; x: (N, H, W), maps: (N, h, w), codebook: (K, D).
+def code_colours(codebook):
+    """(K, D) -> (K, 3), a colour for each code.
 
     A code is a name, not a quantity, so its colour is its place along the three main axes of the
     codebook: codes that look alike have like colours.
@@ -108,7 +108,12 @@ def codes(x, maps, codebook, path, config):
     centred = codebook - codebook.mean(0)
     colours = centred @ np.linalg.svd(centred, full_matrices=False)[2][:3].T
     colours = np.pad(colours, ((0, 0), (0, 3 - colours.shape[1])))  # D may be less than 3
-    colours = colours.argsort(0).argsort(0) / max(1, len(colours) - 1)
+    return colours.argsort(0).argsort(0) / max(1, len(colours) - 1)
+
+
+def codes(x, maps, codebook, path, config):
+    """Slices above their code maps; x: (N, H, W), maps: (N, h, w), codebook: (K, D)."""
+    colours = code_colours(codebook)
     figure, axes = _panels(2, len(x), x.shape[1:])
     for i in range(len(x)):
         axes[0, i].imshow(x[i], cmap="gray", vmin=0, vmax=1)

@@ -1,10 +1,11 @@
-"""The README's figures: two drawn from the networks themselves, the others those of a run.
+"""The README's figures: some drawn from the networks themselves, the others those of a run.
 
     python benchmarks/figures.py --run_dir runs/demo
 
-figures/architecture.png shows the layers of a run's networks with the shapes that pass through
-them, figures/receptive_field.png which codes a logit of its prior depends on. The rest are copied
-from what predict.py drew.
+figures/overview.png shows test slices, their codes and reconstructions, and samples,
+figures/architecture.png the layers of a run's networks with the shapes that pass through them,
+figures/receptive_field.png which codes a logit of its prior depends on. The rest are copied from
+what predict.py drew.
 """
 
 import argparse
@@ -19,9 +20,35 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import dataset  # noqa: E402
+import plots  # noqa: E402
 import utils  # noqa: E402
 
 COPIED = ["samples", "codes", "completions"]
+
+
+@torch.no_grad()
+def overview(vq_vae, data, run_dir, path, n=4):
+    x = data["test"].batch(plots.picks(len(data["test"]), n))
+    codes = vq_vae.encode(x)
+    colours = plots.code_colours(vq_vae.quantizer.codebook.numpy())
+    samples = sorted((run_dir / "predict" / "samples").glob("*.png"))[:n]
+    of_whom = "phantom slices" if data.is_phantom else "slices"
+    groups = [
+        (f"{of_whom} of the test split", x[:, 0]),
+        ("their codes", colours[codes.numpy()]),
+        ("reconstructed from the codes", vq_vae.decode(codes)[:, 0].clamp(0, 1)),
+        ("drawn from the prior", [plt.imread(file) for file in samples]),
+    ]
+    height = 4.2 * data.size[0] / data.size[1] / n + 0.4
+    figure = plt.figure(figsize=(4 * 4.2, height), layout="constrained")
+    for part, (title, images) in zip(figure.subfigures(1, 4), groups, strict=True):
+        part.suptitle(title)
+        for axis, image in zip(part.subplots(1, n), images, strict=True):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_axis_off()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
 
 
 def passed(layers, x):
@@ -152,8 +179,10 @@ def main():
     args = p.parse_args()
     figures = ROOT / "figures"
     vq_vae, prior = (utils.load_model(args.run_dir, stage) for stage in utils.STAGES)
-    size = utils.load_config(args.run_dir, "vq_vae")["data"]["size"]
-    architecture(vq_vae, prior, size, figures / "architecture.png")
+    arguments = utils.load_config(args.run_dir, "vq_vae")["data"]["arguments"]
+    data = dataset.load(**({"data": "phantom"} | arguments))
+    overview(vq_vae, data, args.run_dir, figures / "overview.png")
+    architecture(vq_vae, prior, data.size, figures / "architecture.png")
     receptive_field(prior, figures / "receptive_field.png")
     for name in COPIED:
         shutil.copy(args.run_dir / "predict" / f"{name}.png", figures)

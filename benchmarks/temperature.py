@@ -1,0 +1,76 @@
+"""What the sampling temperature does: figures of merit and pictures over a range of it.
+
+    python benchmarks/temperature.py --run_dir runs/demo
+
+Judges 64 samples per temperature against the validation split, as predict.py does against the test
+split, beside real training slices and their reconstructions. The same random numbers serve every
+temperature. Writes benchmarks/results/temperature.json and figures/temperature.png.
+"""
+
+import argparse
+from pathlib import Path
+
+import harness
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+N, SHOWN = 64, 8
+TEMPERATURES = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+
+
+def draw(vq_vae, prior, depths, temperature):
+    generators = [harness.utils.generator(0, i) for i in range(N)]
+    picks = [torch.randint(len(depths), (), generator=g).item() for g in generators]
+    codes = prior.sample(N, temperature=temperature, generator=generators, depth=depths[picks])
+    with torch.inference_mode():
+        return vq_vae.decode(codes).clamp(0, 1)[:, 0].numpy()
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--run_dir", type=Path, default=Path("runs/demo"), help="with both stages")
+    args = p.parse_args()
+    metrics, device = harness.metrics, torch.device("cpu")
+    config = harness.utils.load_config(args.run_dir, "vq_vae")
+    data = harness.dataset.load(**({"data": "phantom"} | config["data"]["arguments"]))
+    vq_vae, prior = (harness.utils.load_model(args.run_dir, s) for s in harness.utils.STAGES)
+    rng, validate = np.random.default_rng(0), data["validate"]
+    train, held = (
+        part.batch(np.sort(rng.choice(len(part), N, replace=False)))[:, 0].numpy()
+        for part in (data["train"], validate)
+    )
+    sets = {"real": train, "reconstructed": metrics.through(vq_vae, train, device)}
+    for t in TEMPERATURES:
+        sets[f"temperature {t}"] = draw(vq_vae, prior, data["train"].positions, t)
+    of_held, rows = metrics.features(vq_vae, held, device), {}
+    for name, images in sets.items():
+        features = metrics.features(vq_vae, images, device)
+        precision, recall = metrics.precision_recall(of_held, features)
+        rows[name] = {
+            "best_match_ssim": float(metrics.nearest(images, validate)[1].mean()),
+            "pairwise_ssim": metrics.pairwise_ssim(images),
+            "frechet": metrics.frechet_distance(features, of_held),
+            "wasserstein": metrics.sliced_wasserstein(images, held),
+            "precision": precision,
+            "recall": recall,
+        }
+        print(f"{name:16s} {rows[name]}", flush=True)
+    harness.save("temperature", {"data": data.name, "n": N, "rows": rows})
+
+    shown = {name: sets[name] for name in list(sets)[2::2]}
+    height = config["data"]["size"][0] / config["data"]["size"][1]
+    figure, axes = plt.subplots(
+        len(shown), SHOWN, figsize=(SHOWN, len(shown) * height + 0.4), layout="constrained"
+    )
+    for row, (name, images) in zip(axes, shown.items(), strict=True):
+        for axis, image in zip(row, images, strict=False):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name, fontsize=8)
+    figure.suptitle(f"{harness.utils.data_name(config)}: the same draws at several temperatures")
+    figure.savefig(harness.ROOT / "figures" / "temperature.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
