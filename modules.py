@@ -359,9 +359,9 @@ class PixelCNNConfig:
 
     n_embeddings: int  # K, number of different codes
     size: tuple[int, int]  # (h, w) of the code grid
-    n_channels: int = 96
+    n_channels: int = 64
     n_layers: int = 10
-    kernel_size: int = 5  # odd; the vertical stack sees (k + 1) / 2 rows of k codes per layer
+    kernel_size: int = 3  # odd; the vertical stack sees (k + 1) / 2 rows of k codes per layer
     dropout: float = 0.1
     n_classes: int = 0  # number of labels; 0 for none
     n_depths: int = 8  # places along a volume between which the atlas of `GatedPixelCNN` is mixed

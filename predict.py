@@ -104,9 +104,8 @@ def main():
 def predict(args, device):
     run_dir = Path(args.run_dir)
     config = utils.load_config(run_dir, "vq_vae")
-    vq_vae = utils.load_model(run_dir, "vq_vae", device)
+    models = utils.load_model(run_dir, "vq_vae", device), load_prior(run_dir, device)
     label = pick_label(args.label, config["data"]["classes"])
-    prior = load_prior(run_dir, device)
     if args.input:
         data = dataset.load_alone(args.input, config["data"]["size"])
         args.split, args.n_samples = "input", 0
@@ -120,16 +119,17 @@ def predict(args, device):
     check_size(run_dir, config, data.size)
     final = Path(args.out or run_dir / ("input" if args.input else "predict"))
     out = final / UNFINISHED  # so that a call that fails leaves the results of the last one alone
-    draw = functools.partial(draw_samples, args, vq_vae, prior, label, data, run_dir, device, out)
+    has_samples = models[1] is not None and args.n_samples > 0
+    learned = training_data(config, data) if has_samples else None
+    draw = functools.partial(
+        draw_samples, args, models, label, learned or data, run_dir, device, out, config
+    )
     if utils.processes()[0] > 0:  # all but the first help with the samples only
-        if prior is not None and args.n_samples:
-            draw(config)
+        if has_samples:
+            draw()
         return
     utils.make_folder(out)
     remove(out, WRITTEN)
-    learned_from = config["data"]["fingerprint"]
-    config["data"] |= {"name": data.name, "is_phantom": data.is_phantom}
-
     result = {
         "reconstruction": None,
         "codebook": None,
@@ -141,16 +141,52 @@ def predict(args, device):
         "seed": args.seed,
         "versions": utils.versions(),
     }
+    names = {"name": data.name, "is_phantom": data.is_phantom}
+    shown = config | {"data": config["data"] | names}  # for what is of `data`, not of the run's own
+    codes, labels = score(args, models, data, run_dir, shown, device, out, result)
+    if has_samples:
+        images, result["samples"] = draw()
+        if learned is not None:
+            split = data[args.split]
+            judge_samples(
+                images, models[0], learned["train"], split, config, device, out, result, args.seed
+            )
+        complete(args, models, codes, labels, data[args.split], shown, device, out)
+    utils.write_json(out / "metrics.json", result)
+    plots.report(result, shown, out, run_dir)
+    publish(out, final, has_samples)
+    summarise(result, final, data, args.split)
+
+
+def training_data(config, data):
+    """The slices a run learned from: `data` if it is they; None where they are not to be found."""
+    if data.fingerprint == config["data"]["fingerprint"]:
+        return data
+    try:
+        learned = dataset.load(**{"data": "phantom"} | config["data"]["arguments"])
+        if learned.fingerprint == config["data"]["fingerprint"]:
+            return learned
+        why = "they have changed"
+    except UserError as error:
+        why = str(error)
+    print(f"note: samples are drawn, but not judged without what was learned from: {why}",
+          file=sys.stderr)  # fmt: skip
+    return None
+
+
+def score(args, models, data, run_dir, config, device, out, result):
+    """All that is known of the slices of a split; returns their codes (N, h, w) and labels (N,)."""
+    vq_vae, prior = models
     split = data[args.split]
     rows, codes = score_reconstructions(vq_vae, split, config, device, out, result)
+    labels = known_labels(split, config["data"]["classes"])
     if prior is not None:
-        labels = known_labels(split, config["data"]["classes"])
         bits = score_prior(prior, codes, labels, split.positions, device, result)
         for row, of_slice in zip(rows, bits, strict=True):
             row["bits"] = float(of_slice.sum(dtype=np.float64))
             row["bits_per_code"] = row["bits"] / of_slice.size
         train_codes = None
-        if data.fingerprint == learned_from:
+        if data.fingerprint == config["data"]["fingerprint"]:
             train_codes = metrics.split_codes(run_dir, data, "train", device)
         elif stored := metrics.stored_codes(run_dir, "train"):
             train_codes = stored[1]
@@ -161,14 +197,7 @@ def predict(args, device):
         write_surprise(bits, split, data, config, out, args.n_maps)
     write_rows(out / "per_slice.csv", split, rows)
     compare_rate(codes, rows, split, vq_vae.config.n_embeddings, result)
-    if prior is not None and args.n_samples:
-        images, result["samples"] = draw(config)
-        judge_samples(images, vq_vae, data, split, config, device, out, result, args.seed)
-        complete(args, vq_vae, prior, codes, labels, split, config, device, out)
-    utils.write_json(out / "metrics.json", result)
-    plots.report(result, config, out, run_dir)
-    publish(out, final, has_samples=result["samples"] is not None)
-    summarise(result, final, data, args.split)
+    return codes, labels
 
 
 def remove(folder, patterns):
@@ -359,8 +388,9 @@ def save_nifti(image, affine, path, description):
     utils.write_atomically(path, lambda temporary: temporary.write_bytes(packed))
 
 
-def complete(args, vq_vae, prior, codes, labels, split, config, device, out, n_draws=4):
+def complete(args, models, codes, labels, split, config, device, out, n_draws=4):
     """Draw what is hidden of a few slices, from what is left, and show it."""
+    vq_vae, prior = models
     h, w = prior.config.size
     lower, middle = torch.zeros(2, h, w, dtype=torch.bool)
     lower[h // 2 :] = True
@@ -399,7 +429,7 @@ def sampling_note(args):
     return note + (f", top {args.top_k}" if args.top_k else "")
 
 
-def draw_samples(args, vq_vae, prior, label, data, run_dir, device, out, config):
+def draw_samples(args, models, label, data, run_dir, device, out, config):
     """Sample slices, each written as NIfTI and PNG as soon as it is drawn; figure of the first.
 
     Samples that an earlier call with the same models and settings has written, finished or not, are
@@ -407,9 +437,10 @@ def draw_samples(args, vq_vae, prior, label, data, run_dir, device, out, config)
     Under torchrun each process draws its share. Returns the first `N_JUDGED` (N, H, W) in [0, 1],
     and what metrics.json says of how they were drawn.
     """
-    models = [utils.file_hash(run_dir / stage / "model.safetensors") for stage in utils.STAGES]
+    vq_vae, prior = models
+    made_by = [utils.file_hash(run_dir / stage / "model.safetensors") for stage in utils.STAGES]
     settings = {key: getattr(args, key) for key in ("temperature", "top_k", "label", "position")}
-    stamp = {"models": models, "seed": args.seed, "data": data.fingerprint, **settings}
+    stamp = {"models": made_by, "seed": args.seed, "data": data.fingerprint, **settings}
 
     def is_alike(folder):
         path = folder / "settings.json"
@@ -472,23 +503,23 @@ def draw_samples(args, vq_vae, prior, label, data, run_dir, device, out, config)
     return images, {"n": args.n_samples, "seconds": seconds, **settings}
 
 
-def judge_samples(images, vq_vae, data, split, config, device, out, result, seed):
+def judge_samples(images, vq_vae, learned, split, config, device, out, result, seed):
     """Are the samples good, varied, new? Each figure beside that of as many real slices.
 
-    The yardstick "real" are training slices, judged against the split as the samples are; for
-    novelty, slices of the split, looked up among the training slices as the samples are.
+    The yardstick "real" are the slices `learned` from, judged against the split as the samples are;
+    for novelty, slices of the split, looked up among the learned ones as the samples are.
     """
-    n = min(len(images), len(split), len(data["train"]), N_JUDGED)
+    n = min(len(images), len(split), len(learned), N_JUDGED)
     if n < 8:
         print("note: samples are judged from 8 on; fewer are drawn only", file=sys.stderr)
         return
     rng = np.random.default_rng(seed)
     which = {
         name: np.sort(rng.choice(len(part), n, replace=False))
-        for name, part in (("train", data["train"]), ("held", split))
+        for name, part in (("train", learned), ("held", split))
     }
     made = images[:n]
-    real = {name: (data["train"] if name == "train" else split).batch(which[name])[:, 0].numpy()
+    real = {name: (learned if name == "train" else split).batch(which[name])[:, 0].numpy()
             for name in which}  # fmt: skip
     again = {name: metrics.through(vq_vae, x, device) for name, x in real.items()}
     held, train = real["held"], real["train"]
@@ -511,8 +542,8 @@ def judge_samples(images, vq_vae, data, split, config, device, out, result, seed
     }
     result["samples"]["best_match_ssim"] = {kind: float(x.mean()) for kind, x in best.items()}
 
-    nearest, ssim = metrics.nearest(made, data["train"], desc="nearest training slice")
-    _, of_real = metrics.nearest(held, data["train"], desc="the same for real slices")
+    nearest, ssim = metrics.nearest(made, learned, desc="nearest training slice")
+    _, of_real = metrics.nearest(held, learned, desc="the same for real slices")
     own = [metrics.slice_scores(x, y)["ssim"] for x, y in zip(train, again["train"], strict=True)]
     limit = float(np.percentile(own, 5))
     result["samples"]["nearest_training_ssim"] = {
@@ -524,11 +555,11 @@ def judge_samples(images, vq_vae, data, split, config, device, out, result, seed
         "copies": [int(i) for i in np.flatnonzero(ssim >= limit)],
     }
     order = np.argsort(-ssim)[:N_SHOWN]
-    neighbours = data["train"].batch(nearest[order])[:, 0].numpy()
+    neighbours = learned.batch(nearest[order])[:, 0].numpy()
     plots.nearest(made[order], neighbours, ssim[order], order, out / "nearest.png", config)
 
     groups = {"held": [split.patients[i] for i in which["held"]],
-              "train": [data["train"].patients[i] for i in which["train"]]}  # fmt: skip
+              "train": [learned.patients[i] for i in which["train"]]}  # fmt: skip
     accuracy, interval = metrics.two_sample_accuracy(
         made, again["held"], groups["held"], seed=seed, desc="telling samples from real"
     )

@@ -46,7 +46,7 @@ PRESETS = {
                        loss="l1_ssim", average=0.0, **MODERN),
         ),
         "pixelcnn": dict(
-            model=dict(n_channels=64, n_layers=10, kernel_size=5, dropout=0.1),
+            model=dict(n_channels=64, n_layers=10, kernel_size=3, dropout=0.1),
             train=dict(n_updates=2700, batch_size=8, learning_rate=4e-3, log_interval=300,
                        average=0.99, **MODERN),
         ),
@@ -60,7 +60,7 @@ PRESETS = {
                        loss="l1_ssim", average=0.0, **MODERN),
         ),
         "pixelcnn": dict(
-            model=dict(n_channels=128, n_layers=15, kernel_size=5, dropout=0.2),
+            model=dict(n_channels=128, n_layers=15, kernel_size=3, dropout=0.2),
             train=dict(n_updates=30000, batch_size=32, learning_rate=1e-3, log_interval=500,
                        average=0.999, **MODERN),
         ),

@@ -1,11 +1,13 @@
-"""What it costs that a run survives: checkpoints, the start of a resumed run, and memory.
+"""What runs cost: time, memory, checkpoints, the start of a resumed run.
 
-    python benchmarks/runs.py            # 12,660 slices: about 10 minutes, 3 GB of disk
+    python benchmarks/runs.py               # 12,660 slices: about 10 minutes, 3 GB of disk
+    python benchmarks/runs.py --presets     # each preset on the phantom: about 5 minutes
 
-Trains both stages of the preset `demo` for a few validations' time on slices in HipMRI's layout and
-number, each command in a fresh process. Prints the share of the training that saving took, the
-seconds until the first update of a fresh and of a resumed run, and the peak resident memory. Writes
-benchmarks/results/runs.json.
+The first trains both stages of the preset `demo` until the first validation on slices in HipMRI's
+layout and number, and prints the share of that time which saving took, the seconds until the first
+update of a fresh and of a resumed run, and the peak resident memory. The second prints parameters,
+seconds per update, memory, and seconds per sample, for each preset, and for two sizes of image.
+Each training is a fresh process. Writes benchmarks/results/runs.json, or presets.json.
 """
 
 import argparse
@@ -45,6 +47,8 @@ def measure(argv):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     figures = {"first_update_s": first[0] - start, "peak_gib": peak, "updates": len(first)}
     figures["saving_share"] = sum(saving) / (end - first[0])
+    between = sorted(b - a for a, b in zip(first, first[1:], strict=False))
+    figures["update_s"] = between[len(between) // 2] if between else None
     print(json.dumps(figures))
 
 
@@ -56,10 +60,46 @@ def in_fresh_process(argv):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def presets():
+    import torch
+
+    import train
+    import utils
+
+    rows = {}
+    for name, preset, size in (
+        ("demo", "demo", (256, 128)),
+        ("demo, 256 x 256", "demo", (256, 256)),
+        ("base", "base", (256, 128)),
+        ("classic", "classic", (256, 128)),
+    ):
+        rows[name] = {}
+        with tempfile.TemporaryDirectory() as run:
+            for stage in utils.STAGES:
+                argv = ["--mode", stage, "--run_dir", run, "--preset", preset, "--n_updates", 12]
+                argv += ["--image_size", *size] if stage == "vq_vae" else []
+                row = in_fresh_process(argv)
+                model = utils.load_model(run, stage)
+                row["parameters"] = sum(p.numel() for p in model.parameters())
+                row["batch_size"] = train.PRESETS[preset][stage]["train"]["batch_size"]
+                rows[name][stage] = row
+            start = time.perf_counter()
+            with torch.inference_mode():
+                model.sample(16)
+            rows[name]["pixelcnn"]["sample_s"] = (time.perf_counter() - start) / 16
+        print(name, rows[name], flush=True)
+    result = {"rows": rows, "threads": torch.get_num_threads(), "versions": utils.versions()}
+    utils.write_json(ROOT / "benchmarks" / "results" / "presets.json", result)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--n_slices", type=int, default=12660, help="of 256 x 128 (default: 12660)")
+    p.add_argument("--presets", action="store_true", help="measure the presets on the phantom")
     args = p.parse_args()
+    if args.presets:
+        presets()
+        return
     import data
 
     import train

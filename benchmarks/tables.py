@@ -80,12 +80,21 @@ def prior():
 def prior_ablation():
     rows = results("prior_ablation")["rows"]
     return table(
-        ["change", "updates", "parameters", "bits per code"],
+        ["change", "updates", "parameters", "bits per code, validation", "test"],
         [
-            [name, row["updates"], f"{row['parameters']:,}", f"{row['bits_per_code']:.3f}"]
+            [name, row["updates"], f"{row['parameters']:,}",
+             f"{row['validate_bits_per_code']:.3f}", f"{row['bits_per_code']:.3f}"]
             for name, row in rows.items()
         ],
-    )
+    )  # fmt: skip
+
+
+def pca():
+    found = results("pca")
+    test = found["test"]
+    row = [f"{found['bits_per_slice']:.0f}", found["components"], f"{test['ssim']:.4f}",
+           f"{test['ssim_body']:.4f}", f"{test['psnr']:.2f}"]  # fmt: skip
+    return table(["bits per slice", "components in use", *QUALITY[:3]], [row])
 
 
 def sampling():
@@ -123,6 +132,29 @@ def runs():
     )  # fmt: skip
 
 
+def presets():
+    rows = []
+    for name, stages in results("presets")["rows"].items():
+        for stage, row in stages.items():
+            sample = f"{row['sample_s']:.3f}" if "sample_s" in row else ""
+            rows.append([name, f"`{stage}`", f"{row['parameters']:,}", row["batch_size"],
+                         f"{row['update_s']:.2f}", f"{row['peak_gib']:.1f}", sample])  # fmt: skip
+    head = ["preset", "stage", "parameters", "slices an update", "update (s)", "peak memory (GiB)",
+            "sample (s)"]  # fmt: skip
+    return table(head, rows)
+
+
+def temperature():
+    rows = []
+    for name, row in results("temperature")["rows"].items():
+        levels = ", ".join(f"{x:.0f}" for x in row["wasserstein"])
+        names = ("best_match_ssim", "pairwise_ssim", "frechet", "precision", "recall")
+        rows.append([name, *(f"{row[key]:.3f}" for key in names), levels])
+    head = ["", "best match (SSIM)", "pairs (SSIM)", "Fréchet", "precision", "recall",
+            "sliced Wasserstein, fine to coarse"]  # fmt: skip
+    return table(head, rows)
+
+
 def flags(parser):
     formatter, rows = parser._get_formatter(), []
     for action in parser._actions:
@@ -145,8 +177,8 @@ def flags_predict():
 TABLES = {
     f.__name__: f
     for f in (
-        vq_vae, ablation, long, prior, prior_ablation, sampling, quantizer, runs, flags_train,
-        flags_predict,
+        vq_vae, ablation, pca, long, prior, prior_ablation, sampling, quantizer, runs, presets,
+        temperature, flags_train, flags_predict,
     )
 }  # fmt: skip
 

@@ -319,6 +319,19 @@ def test_samples_are_judged_beside_real_slices(run_dir, tmp_path):
     assert (tmp_path / "nearest.png").exists()
 
 
+def test_samples_are_looked_up_among_the_slices_learned_from(run_dir, data, tmp_path):
+    """Also with other --data: here, what was learned from is its test split."""
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    (other / "keras_slices_train").rename(other / "was_train")
+    (other / "keras_slices_test").rename(other / "keras_slices_train")
+    (other / "was_train").rename(other / "keras_slices_test")
+    out = tmp_path / "out"
+    call(f"predict.py --run_dir {run_dir} --data {other} --out {out} --n_samples 8 --n_maps 0")
+    samples = json.loads((out / "metrics.json").read_text())["samples"]
+    assert samples["nearest_training_ssim"]["real"] == pytest.approx(1, abs=1e-4)
+
+
 def test_without_samples(run_dir, tmp_path):
     out, _ = call(f"predict.py --run_dir {run_dir} --n_samples 0 --out {tmp_path / 'out'}")
     assert "skipped" in out
