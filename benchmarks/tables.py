@@ -148,10 +148,11 @@ def temperature():
     rows = []
     for name, row in results("temperature")["rows"].items():
         levels = ", ".join(f"{x:.0f}" for x in row["wasserstein"])
-        names = ("best_match_ssim", "pairwise_ssim", "frechet", "precision", "recall")
+        names = ("best_match_ssim", "pairwise_ssim", "frechet", "precision", "recall",
+                 "halves_differ")  # fmt: skip
         rows.append([name, *(f"{row[key]:.3f}" for key in names), levels])
     head = ["", "best match (SSIM)", "pairs (SSIM)", "Fréchet", "precision", "recall",
-            "sliced Wasserstein, fine to coarse"]  # fmt: skip
+            "halves differ", "sliced Wasserstein, fine to coarse"]  # fmt: skip
     return table(head, rows)
 
 

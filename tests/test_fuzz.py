@@ -11,7 +11,7 @@ import pytest
 import dataset
 import utils
 
-N = int(os.environ.get("FUZZ", 400))  # cases of each kind
+N = int(os.environ.get("FUZZ", 1000))  # cases of each kind
 
 
 @pytest.fixture(scope="module")

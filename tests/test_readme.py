@@ -1,11 +1,16 @@
 """The README: links that lead somewhere, commands that parse."""
 
+import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import SMALL_PRIOR, SMALL_VQ_VAE, call
+from PIL import Image
 
 import predict
 import train
@@ -42,6 +47,40 @@ def test_commands_parse(command):
         parsers[script]().parse_args(words)
     else:
         assert (ROOT / script).exists()
+
+
+def test_the_commands_run_as_written(data, tmp_path, monkeypatch):
+    """In the README's order, in a home folder that has what they name, but for small networks."""
+    home, code = tmp_path / "home", tmp_path / "code"
+    slices = home / "HipMRI_study_keras_slices_data"
+    shutil.copytree(data, slices)
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        folder = home / "AD_NC" / ("train", "test")[i % 2] / ("AD", "NC")[i % 4 // 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8))
+        picture.save(folder / f"{100 + i // 2}_{70 + i}.jpeg")
+    shutil.copy(home / "AD_NC/test/AD/100_71.jpeg", home / "slice.jpeg")
+    code.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, code)
+    monkeypatch.setenv("HOME", str(home))
+    ran = []
+    for line in LINES:
+        if not re.match(r"python (train|predict|dataset)\.py", line):
+            continue
+        words = [os.path.expanduser(word) for word in shlex.split(line)[1:]]
+        if "vq_vae" in words:
+            words += SMALL_VQ_VAE.split()
+            words += [] if "--data" in words else ["--data", slices]
+        elif "pixelcnn" in words:
+            words += SMALL_PRIOR.split()
+        elif words[0] == "predict.py":
+            words += ["--n_samples", 2, "--n_maps", 2]
+        call([str(word) for word in words], cwd=code)
+        ran.append(words[0])
+    assert ran.count("train.py") >= 6
+    assert ran.count("predict.py") >= 4
 
 
 def test_make_targets_exist():

@@ -110,7 +110,7 @@ def test_kills_at_any_instant_cost_nothing(data, tmp_path):
     call(f"train.py --run_dir {tmp_path / 'whole'} {flags}")
     run, rng = tmp_path / "run", np.random.default_rng(0)
     log = run / "vq_vae" / "log.jsonl"
-    for _ in range(int(os.environ.get("KILLS", 4))):
+    for _ in range(int(os.environ.get("KILLS", 25))):
         before = log.stat().st_mtime_ns if log.exists() else 0
         words = [sys.executable, "train.py", "--run_dir", str(run), *flags.split()]
         with subprocess.Popen(words, cwd=ROOT, stdout=-3, stderr=-3) as process:
