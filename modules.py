@@ -7,6 +7,7 @@ and draws new grids of them: `GatedLayer`, `GatedPixelCNN`.
 [1] van den Oord et al. 2017, Neural Discrete Representation Learning, arXiv 1711.00937.
 [2] van den Oord et al. 2016, Conditional Image Generation with PixelCNN Decoders, arXiv 1606.05328.
 [3] Ramachandran et al. 2017, Fast Generation for Convolutional Autoregressive Models, 1704.06001.
+[4] Ho & Salimans 2022, Classifier-Free Diffusion Guidance, arXiv 2207.12598.
 
 Shapes: images (B, 1, H, W) in [0, 1]; codes (B, h, w) int64 in [0, K); h = H / f, w = W / f.
 """
@@ -501,7 +502,7 @@ class GatedPixelCNN(nn.Module):
     @torch.no_grad()
     def sample(
         self, n, size=None, label=None, temperature=1.0, top_k=None, given=None, generator=None,
-        depth=None, progress=None,
+        depth=None, guidance=0.0, progress=None,
     ):
         """Draw n grids of codes, one code after the other (see `logits_in_order`).
 
@@ -515,6 +516,8 @@ class GatedPixelCNN(nn.Module):
             generator: torch.Generator on the CPU, or a list of n of them, one for each grid, which
                 makes a grid independent of the batch it is drawn in.
             depth: float, or (n,), relative position in the volume; -1 or None means any.
+            guidance: W of log p(code | label, depth) + W log p(code | label, depth) / p(code), from
+                which codes are drawn ([4]): more than 0 makes a grid more like its label and depth.
             progress: called with no arguments after each row.
         Returns:
             codes: (n, h, w) int64.
@@ -522,23 +525,33 @@ class GatedPixelCNN(nn.Module):
         rows, columns = self.config.size
         if size is not None and tuple(size) != (rows, columns):
             raise ValueError(f"this prior draws grids of {(rows, columns)}, not {tuple(size)}")
-        if temperature < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"no sampling with temperature {temperature} and top_k {top_k}")
+        if temperature < 0 or guidance < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(
+                f"no sampling with temperature {temperature}, top_k {top_k}, guidance {guidance}"
+            )
         device = self.atlas.device
         label, depth = (
             None if x is None else torch.as_tensor(x, device=device).expand(n)
             for x in (label, depth)
         )
         uniform = _uniform((rows, columns), n, generator).to(device)
-        codes = torch.full((n, rows, columns), -1, device=device)
+        codes = torch.full((2 if guidance else 1, n, rows, columns), -1, device=device)
         if given is not None:
             codes.copy_(given)
-        for i, j, logits in self.logits_in_order(codes, label, depth):
+        if guidance:  # the second half of the batch knows neither label nor depth
+            label, depth = (
+                x if x is None else torch.cat([x, torch.full_like(x, -1)]) for x in (label, depth)
+            )
+        for i, j, logits in self.logits_in_order(codes.flatten(0, 1), label, depth):
+            if guidance:
+                told, untold = logits.log_softmax(1).chunk(2)
+                logits = told + guidance * (told - untold)
+            here = codes[0, :, i, j]
             drawn = _choose(logits, uniform[:, i, j], temperature, top_k)
-            codes[:, i, j] = torch.where(codes[:, i, j] < 0, drawn, codes[:, i, j])
+            codes[:, :, i, j] = torch.where(here < 0, drawn, here)
             if progress is not None and j == columns - 1:
                 progress()
-        return codes
+        return codes[0]
 
     @torch.no_grad()
     def logits_in_order(self, codes, label=None, depth=None):

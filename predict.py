@@ -72,8 +72,12 @@ def parser():
         "--temperature",
         type=utils.at_least(0.0, float),
         metavar="T",
-        default=0.6,
+        default=0.75,
         help="1 draws from the prior as learned; less gives likelier, less varied slices",
+    )
+    sample.add_argument(
+        "--guidance", type=utils.at_least(0.0, float), metavar="W", default=1.0,
+        help="how much more a slice shall look like its position and label; 0 draws as learned",
     )
     sample.add_argument(
         "--top_k", type=utils.at_least(1), metavar="K", help="draw among the K likeliest codes only"
@@ -405,6 +409,7 @@ def complete(args, models, codes, labels, split, config, device, out, n_draws=4)
         label=torch.from_numpy(labels[which]),
         temperature=args.temperature,
         top_k=args.top_k,
+        guidance=args.guidance,
         given=given.repeat_interleave(n_draws, 0),
         generator=generators,
         depth=split.positions[which],
@@ -425,7 +430,7 @@ def complete(args, models, codes, labels, split, config, device, out, n_draws=4)
 
 
 def sampling_note(args):
-    note = f"temperature {args.temperature:g}"
+    note = f"temperature {args.temperature:g}, guidance {args.guidance:g}"
     return note + (f", top {args.top_k}" if args.top_k else "")
 
 
@@ -439,7 +444,8 @@ def draw_samples(args, models, label, data, run_dir, device, out, config):
     """
     vq_vae, prior = models
     made_by = [utils.file_hash(run_dir / stage / "model.safetensors") for stage in utils.STAGES]
-    settings = {key: getattr(args, key) for key in ("temperature", "top_k", "label", "position")}
+    names = ("temperature", "guidance", "top_k", "label", "position")
+    settings = {name: getattr(args, name) for name in names}
     stamp = {"models": made_by, "seed": args.seed, "data": data.fingerprint, **settings}
 
     def is_alike(folder):
@@ -480,6 +486,7 @@ def draw_samples(args, models, label, data, run_dir, device, out, config):
             label=label,
             temperature=args.temperature,
             top_k=args.top_k,
+            guidance=args.guidance,
             generator=generators,
             depth=depths[picks],
             progress=bar.update,

@@ -58,7 +58,7 @@ def ablation():
 
 def long():
     rows = []
-    for found in (results("long_f8"), results("long_f4")):
+    for found in map(results, ("long_f8", "long_f4", "long_f4_deep")):
         for name, row in found["rows"].items():
             seconds = f"{found['seconds_of_one_core']:.0f}"
             rows.append([name, seconds, row["updates"], *of_test(row["test"])])
@@ -151,7 +151,7 @@ def temperature():
         names = ("best_match_ssim", "pairwise_ssim", "frechet", "precision", "recall",
                  "halves_differ")  # fmt: skip
         rows.append([name, *(f"{row[key]:.3f}" for key in names), levels])
-    head = ["", "best match (SSIM)", "pairs (SSIM)", "Fréchet", "precision", "recall",
+    head = ["slices", "best match (SSIM)", "pairs (SSIM)", "Fréchet", "precision", "recall",
             "halves differ", "sliced Wasserstein, fine to coarse"]  # fmt: skip
     return table(head, rows)
 

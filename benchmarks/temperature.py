@@ -1,10 +1,10 @@
-"""What the sampling temperature does: figures of merit and pictures over a range of it.
+"""What temperature and guidance do to samples: figures of merit, and pictures.
 
     python benchmarks/temperature.py --run_dir runs/demo
 
-Judges 64 samples per temperature against the validation split, as predict.py does against the test
+Judges 64 samples per setting against the validation split, as predict.py does against the test
 split, beside real training slices and their reconstructions. The same random numbers serve every
-temperature. Also measured is how much the halves of a slice differ along its first axis, which runs
+setting. Also measured is how much the halves of a slice differ along its first axis, which runs
 from left to right in the phantom and in HipMRI's slices. Writes benchmarks/results/temperature.json
 and figures/temperature.png.
 """
@@ -19,13 +19,18 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 N, SHOWN = 64, 8
-TEMPERATURES = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+SETTINGS = [(0.5, 0), (0.75, 0), (1, 0), (0.75, 0.5), (0.5, 1), (0.75, 1), (1, 1), (0.75, 2)]
+PICTURED = [(0.5, 0), (1, 0), (0.75, 0), (0.75, 1)]
 
 
-def draw(vq_vae, prior, depths, temperature):
+def named(temperature, guidance):
+    return f"temperature {temperature:g}, guidance {guidance:g}"
+
+
+def draw(vq_vae, prior, depths, **settings):
     generators = [harness.utils.generator(0, i) for i in range(N)]
     picks = [torch.randint(len(depths), (), generator=g).item() for g in generators]
-    codes = prior.sample(N, temperature=temperature, generator=generators, depth=depths[picks])
+    codes = prior.sample(N, generator=generators, depth=depths[picks], **settings)
     with torch.inference_mode():
         return vq_vae.decode(codes).clamp(0, 1)[:, 0].numpy()
 
@@ -54,8 +59,9 @@ def main():
         for part in (data["train"], validate)
     )
     sets = {"real": train, "reconstructed": metrics.through(vq_vae, train, device)}
-    for t in TEMPERATURES:
-        sets[f"temperature {t}"] = draw(vq_vae, prior, data["train"].positions, t)
+    for t, w in SETTINGS:
+        positions = data["train"].positions
+        sets[named(t, w)] = draw(vq_vae, prior, positions, temperature=t, guidance=w)
     of_held, rows = metrics.features(vq_vae, held, device), {}
     for name, images in sets.items():
         features = metrics.features(vq_vae, images, device)
@@ -72,7 +78,7 @@ def main():
         print(f"{name:16s} {rows[name]}", flush=True)
     harness.save("temperature", {"data": data.name, "n": N, "rows": rows})
 
-    shown = {name: sets[name] for name in list(sets)[2::2]}
+    shown = {named(*setting): sets[named(*setting)] for setting in PICTURED}
     height = config["data"]["size"][0] / config["data"]["size"][1]
     figure, axes = plt.subplots(
         len(shown), SHOWN, figsize=(SHOWN, len(shown) * height + 0.4), layout="constrained"
@@ -81,8 +87,8 @@ def main():
         for axis, image in zip(row, images, strict=False):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(name, fontsize=8)
-    figure.suptitle(f"{harness.utils.data_name(config)}: the same draws at several temperatures")
+        row[0].set_ylabel(name.replace(", ", "\n"), fontsize=8)
+    figure.suptitle(f"{harness.utils.data_name(config)}: the same draws in several settings")
     figure.savefig(harness.ROOT / "figures" / "temperature.png", dpi=110)
 
 

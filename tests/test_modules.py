@@ -336,9 +336,23 @@ def test_the_order_of_the_codes_is_only_a_matter_of_names_to_the_prior():
     torch.testing.assert_close(model(renamed), logits[:, order])
 
 
+def test_guidance_exaggerates_what_label_and_depth_change():
+    model, label, depth = prior(n_classes=2), torch.tensor([0, 1]), torch.tensor([0.2, 0.9])
+    drawn = model.sample(2, label=label, depth=depth, guidance=1.5, temperature=0)
+    told, untold = model(drawn, label, depth).log_softmax(1), model(drawn).log_softmax(1)
+    assert torch.equal((2.5 * told - 1.5 * untold).argmax(1), drawn)
+    assert not torch.equal(told.argmax(1), drawn)
+    seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
+    unguided, nothing_to_guide = (
+        model.sample(2, guidance=w, generator=g) for w, g in zip((0, 2), seeds, strict=True)
+    )
+    assert torch.equal(unguided, nothing_to_guide)
+
+
 def test_what_cannot_be_drawn_is_refused():
     model = prior(n_classes=2)
-    for wrong in ({"label": 2}, {"label": -2}, {"depth": 1.5}, {"temperature": -1}, {"top_k": 0}):
+    for wrong in ({"label": 2}, {"label": -2}, {"depth": 1.5}, {"temperature": -1}, {"top_k": 0},
+                  {"guidance": -1}):  # fmt: skip
         with pytest.raises(ValueError, match="temperature|labels"):
             model.sample(1, **wrong)
 
