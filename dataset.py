@@ -600,20 +600,29 @@ def _read_nifti(path):
     Plain NIfTI-1 is decoded here, at less than half of nibabel's time; all else is left to nibabel.
     """
     data = Path(path).read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        data = gzip.decompress(data)
-    if len(data) > 352:
-        head = np.frombuffer(data, header_dtype, 1)[0]
+    is_packed = data[:2] == b"\x1f\x8b"
+    head = _unpacked(data, 352) if is_packed else data[:352]
+    if len(head) == 352:
+        head = np.frombuffer(head, header_dtype, 1)[0]
         dtype, (n, *dim) = _DTYPES.get(int(head["datatype"])), head["dim"].tolist()
         offset, slope, inter = (float(head[k]) for k in ("vox_offset", "scl_slope", "scl_inter"))
         plain = (head["sizeof_hdr"], head["magic"]) == (348, b"n+1") and dtype and 0 < n < 8
         if plain and min(dim[:n]) > 0 and 352 <= offset < 1e6 and math.isfinite(slope + inter):
             count = math.prod(dim[:n])
-            if len(data) >= offset + count * np.dtype(dtype).itemsize:
+            size = int(offset) + count * np.dtype(dtype).itemsize
+            if size > 1032 * len(data):  # deflate cannot shrink any further
+                raise _Unreadable(f"truncated: too short for {count} pixels")
+            if is_packed:
+                data = _unpacked(data, size + 1)  # 1 more, to come to the checksum
+            if len(data) >= size:
                 image = np.frombuffer(data, dtype, count, int(offset))
                 image = image.reshape(_squeezed(dim[:n]), order="F")
                 as_stored = slope == 0 or (slope, inter) == (1, 0)
                 return image if as_stored else image.astype(np.float64) * slope + inter
+    if is_packed:
+        with gzip.open(path) as file:  # damage is told from other formats here
+            while file.read(1 << 20):
+                pass
     image = nibabel.load(path)
     if not isinstance(image, nibabel.spatialimages.SpatialImage):
         raise _Unreadable(f"a {type(image).__name__}, not a picture")
@@ -627,6 +636,19 @@ def _read_nifti(path):
     if array.dtype.kind not in "uifb":
         raise _Unreadable(f"holds {array.dtype} values, not real numbers")
     return array
+
+
+def _unpacked(data, limit):
+    """The first `limit` bytes, at most, of what a .gz holds: a small file may hold any number."""
+    parts = []
+    while data and limit > 0:
+        unpack = zlib.decompressobj(31)
+        parts.append(unpack.decompress(data, limit))
+        limit -= len(parts[-1])
+        if not unpack.eof and limit > 0:
+            raise EOFError("the packed data end too early")
+        data = unpack.unused_data.lstrip(b"\0")
+    return b"".join(parts)
 
 
 def _read_raster(path):

@@ -226,7 +226,8 @@ class VectorQuantizer(nn.Module):
         else:
             self.codebook = nn.Parameter(vectors)
         self.learns_by_loss = codebook == "loss"
-        self.register_buffer("count", torch.ones(n_embeddings))  # moving average of uses per batch
+        # moving average of each code's share of a batch
+        self.register_buffer("count", torch.full((n_embeddings,), 1 / n_embeddings))
         self.register_buffer("initialised", torch.tensor(not revive))
 
     @torch.compiler.disable  # it moves buffers that the gradient still needs
@@ -285,7 +286,7 @@ class VectorQuantizer(nn.Module):
             self.codebook.copy_(
                 torch.where(n[:, None] > 0, total / n.clamp(min=1)[:, None], self.codebook)
             )
-        self.count.fill_(processes()[1] * len(flat) / self.n_embeddings)
+        self.count.fill_(1 / self.n_embeddings)
         self.initialised.fill_(True)
 
     @torch.no_grad()
@@ -293,12 +294,14 @@ class VectorQuantizer(nn.Module):
         n, total = self._totals(flat, codes)
         if not total.isfinite().all():
             return  # one bad batch must not end in the codebook for good
+        size = processes()[1] * len(flat)
+        n, total = n / size, total / size
         self.count.lerp_(n, 1 - self.DECAY)
         if not self.learns_by_loss:
             step = (1 - self.DECAY) * (total - n[:, None] * self.codebook)
             self.codebook.add_(step / self.count.clamp(min=1e-12)[:, None])
         if self.revive:
-            mean = processes()[1] * len(flat) / self.n_embeddings
+            mean = 1 / self.n_embeddings
             dead = self.count < self.DEAD * mean
             drawn = self._draw(flat, self.n_embeddings)
             self.codebook.copy_(torch.where(dead[:, None], drawn, self.codebook))

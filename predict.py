@@ -5,10 +5,12 @@ samples new slices, and writes metrics.json, per_slice.csv, pictures and NIfTI f
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import gzip
 import io
+import json
 import math
 import shutil
 import sys
@@ -27,12 +29,13 @@ import plots
 import utils
 from utils import UserError
 
-N_SHOWN = 8  # slices in the figures of reconstructions and code maps
+N_SHOWN = 8  # slices in most figures
+N_RANKED = 9  # slices in the figure of reconstructions: worst, best, and those between
 N_PACKED = 32  # slices packed by other codecs
 N_JUDGED = 512  # samples at most that are compared with real slices
 WRITTEN = ["metrics.json", "report.html", "per_slice.csv", "surprise/[0-9]*_*.nii.gz"]
 WRITTEN += [f"{name}.png" for name in plots.CAPTIONS]
-SAMPLES = ["samples/settings.json", "samples/sample_[0-9]*"]
+SAMPLES = ["samples/settings.json", "samples/sample_[0-9]*"]  # in this order
 UNFINISHED = ".unfinished"  # folder for what a call has written until it is done
 PROTOCOL = {
     "images": "float32 in [0, 1]; reconstructions clipped to it",
@@ -101,11 +104,12 @@ def fraction(text):
 
 def main():
     args = parser().parse_args()
-    with utils.joined(args.device) as device:
-        predict(args, device)
+    with utils.joined(args.device) as device, contextlib.ExitStack() as held:
+        predict(args, device, held)
 
 
-def predict(args, device):
+def predict(args, device, held):
+    """The command; `held` keeps the lock of the folder that is written to."""
     run_dir = Path(args.run_dir)
     config = utils.load_config(run_dir, "vq_vae")
     models = utils.load_model(run_dir, "vq_vae", device), load_prior(run_dir, device)
@@ -124,7 +128,8 @@ def predict(args, device):
     final = Path(args.out or run_dir / ("input" if args.input else "predict"))
     out = final / UNFINISHED  # so that a call that fails leaves the results of the last one alone
     has_samples = models[1] is not None and args.n_samples > 0
-    learned = training_data(config, data) if has_samples else None
+    with utils.first_goes_first():
+        learned = training_data(config, data) if has_samples else None
     draw = functools.partial(
         draw_samples, args, models, label, learned or data, run_dir, device, out, config
     )
@@ -132,6 +137,7 @@ def predict(args, device):
         if has_samples:
             draw()
         return
+    held.enter_context(utils.only_one(final / ".lock"))
     utils.make_folder(out)
     remove(out, WRITTEN)
     result = {
@@ -149,7 +155,7 @@ def predict(args, device):
     shown = config | {"data": config["data"] | names}  # for what is of `data`, not of the run's own
     codes, labels = score(args, models, data, run_dir, shown, device, out, result)
     if has_samples:
-        images, result["samples"] = draw()
+        images, result["samples"], folder = draw()
         if learned is not None:
             split = data[args.split]
             judge_samples(
@@ -158,7 +164,7 @@ def predict(args, device):
         complete(args, models, codes, labels, data[args.split], shown, device, out)
     utils.write_json(out / "metrics.json", result)
     plots.report(result, shown, out, run_dir)
-    publish(out, final, has_samples)
+    publish(out, final, folder if has_samples else None, args.n_samples)
     summarise(result, final, data, args.split)
 
 
@@ -209,19 +215,45 @@ def remove(folder, patterns):
         path.unlink()
 
 
-def publish(out, final, has_samples):
-    """Move what this call wrote from `out` to `final`, in place of what an earlier one had."""
-    ours = [path for path in out.rglob("*") if path.is_file()]
-    drawn = [path for path in ours if path.parent.name == "samples"]
-    keeps_samples = has_samples and not drawn  # those of an earlier call are this one's too
-    remove(final, WRITTEN if keeps_samples else WRITTEN + SAMPLES)
-    for path in ours:
-        if has_samples or path not in drawn:  # else they are of a call that may yet go on
-            target = final / path.relative_to(out)
-            utils.make_folder(target.parent)
-            path.replace(target)
-    if has_samples or not drawn:
-        shutil.rmtree(out)
+def publish(out, final, folder, n_samples):
+    """Move what this call wrote from `out` to `final`, in place of what an earlier one had.
+
+    Args:
+        folder: where the samples of this call are, below `out` or below `final`; None for none.
+    """
+
+    def files(top):
+        there = [path for path in top.rglob("*") if path.is_file() and path.name[0] != "."]
+        return [path for path in there if path.parent.name != "samples"]
+
+    def move(path):
+        target = final / path.relative_to(out)
+        utils.make_folder(target.parent)
+        path.replace(target)
+
+    try:
+        ours = {path.relative_to(out) for path in files(out)}
+        for path in files(out):
+            move(path)
+        stale = [path for pattern in WRITTEN for path in final.glob(pattern)]
+        for path in stale:
+            if path.relative_to(final) not in ours:
+                path.unlink()  # or it would pass for this call's
+        if folder == out / "samples":
+            remove(final, SAMPLES)  # settings.json first, so that what a kill leaves has no stamp
+            for path in sorted(folder.glob("sample_[0-9]*")):
+                move(path)
+            move(folder / "settings.json")
+        if folder is not None:
+            for path in (final / "samples").glob("sample_[0-9]*"):
+                if int(path.name[7:].split(".")[0]) >= n_samples:
+                    path.unlink()
+            shutil.rmtree(out)
+        elif not (out / "samples").exists():  # else of a call that may yet go on
+            shutil.rmtree(out)
+    except OSError as error:
+        message = f"{error.filename or final}: cannot be replaced ({error.strerror})"
+        raise UserError(message) from error
 
 
 def check_size(run_dir, config, size):
@@ -243,8 +275,13 @@ def load_prior(run_dir, device):
             file=sys.stderr,
         )
         return None
-    made_for = utils.load_config(run_dir, "pixelcnn")["vq_vae"]
-    if made_for != utils.file_hash(run_dir / "vq_vae" / "model.safetensors"):
+    first, config = (utils.load_config(run_dir, stage) for stage in utils.STAGES)
+    f, k = first["model"].get("downsample", 8), first["model"].get("n_embeddings", 512)
+    belongs = config["model"].get("size") == [n // f for n in first["data"]["size"]]
+    belongs &= config["model"].get("n_embeddings") == k
+    belongs &= config["model"].get("n_classes", 0) == len(first["data"]["classes"])
+    made_for = utils.file_hash(run_dir / "vq_vae" / "model.safetensors")
+    if not belongs or config["vq_vae"] != made_for:
         raise UserError(
             f"{run_dir}/pixelcnn: trained on codes of another VQ-VAE than {run_dir}/vq_vae; run: "
             f"python train.py --mode pixelcnn --run_dir {run_dir} --fresh"
@@ -291,12 +328,14 @@ def score_reconstructions(vq_vae, split, config, device, out, result):
     }
     result["codebook"] = metrics.usage(codes, vq_vae.config.n_embeddings)
 
-    ranks = np.unique(np.linspace(0, n - 1, min(n, N_SHOWN)).round().astype(int))
+    ranks = np.unique(np.linspace(0, n - 1, min(n, N_RANKED)).round().astype(int))
     shown = np.argsort(values["ssim"], kind="stable")[ranks]
     x = split.batch(shown)[:, 0].numpy()
     titles = [f"SSIM {values['ssim'][i]:.3f}" for i in shown]
     titles[0] = f"worst, {titles[0]}"
     titles[-1] = f"best, {titles[-1]}"
+    if len(ranks) == N_RANKED:
+        titles[N_RANKED // 2] = f"median, {titles[N_RANKED // 2]}"
     again = metrics.through(vq_vae, x, device)
     plots.reconstructions(x, again, titles, out / "reconstructions.png", config, result["protocol"])
     shown = plots.picks(n, N_SHOWN)
@@ -438,9 +477,8 @@ def draw_samples(args, models, label, data, run_dir, device, out, config):
     """Sample slices, each written as NIfTI and PNG as soon as it is drawn; figure of the first.
 
     Samples that an earlier call with the same models and settings has written, finished or not, are
-    left as they are.
-    Under torchrun each process draws its share. Returns the first `N_JUDGED` (N, H, W) in [0, 1],
-    and what metrics.json says of how they were drawn.
+    left as they are. Under torchrun each process draws its share. Returns the first `N_JUDGED`
+    (N, H, W) in [0, 1], what metrics.json says of how they were drawn, and their folder.
     """
     vq_vae, prior = models
     made_by = [utils.file_hash(run_dir / stage / "model.safetensors") for stage in utils.STAGES]
@@ -449,18 +487,15 @@ def draw_samples(args, models, label, data, run_dir, device, out, config):
     stamp = {"models": made_by, "seed": args.seed, "data": data.fingerprint, **settings}
 
     def is_alike(folder):
-        path = folder / "settings.json"
-        return path.exists() and utils.read_json(path) == stamp
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((folder / "settings.json").read_text()) == stamp
+        return False
 
     folder = out.parent / "samples"
     folder = folder if is_alike(folder) else out / "samples"
-    if utils.processes()[0] == 0:
-        if not is_alike(folder):
-            remove(out, SAMPLES)
-            utils.write_json(folder / "settings.json", stamp)
-        for old in folder.glob("sample_*"):
-            if int(old.name[7:].split(".")[0]) >= args.n_samples:
-                old.unlink()
+    if utils.processes()[0] == 0 and not is_alike(folder):
+        remove(out, SAMPLES)
+        utils.write_json(folder / "settings.json", stamp)
     utils.wait_for_all()
     depths = data["train"].positions
     if args.position is not None:
@@ -494,9 +529,10 @@ def draw_samples(args, models, label, data, run_dir, device, out, config):
         with torch.inference_mode():
             drawn = vq_vae.decode(codes).clamp(0, 1)[:, 0].cpu().numpy()
         for image, path, picture in zip(drawn, paths, pictures, strict=True):
-            save_nifti(in_units(image, data), data.affine, path, name)
-            grey = Image.fromarray(utils.to_uint8(image))
-            utils.write_atomically(picture, functools.partial(grey.save, format="PNG"))
+            if not (path.exists() and picture.exists()):
+                save_nifti(in_units(image, data), data.affine, path, name)
+                grey = Image.fromarray(utils.to_uint8(image))
+                utils.write_atomically(picture, functools.partial(grey.save, format="PNG"))
         if first < N_JUDGED:
             images.append(drawn)
     bar.close()
@@ -507,7 +543,7 @@ def draw_samples(args, models, label, data, run_dir, device, out, config):
     if utils.processes()[0] == 0:
         plots.samples(images[:32], out / "samples.png", config, note)
     seconds = round(time.perf_counter() - start, 2)
-    return images, {"n": args.n_samples, "seconds": seconds, **settings}
+    return images, {"n": args.n_samples, "seconds": seconds, **settings}, folder
 
 
 def judge_samples(images, vq_vae, learned, split, config, device, out, result, seed):
@@ -518,7 +554,11 @@ def judge_samples(images, vq_vae, learned, split, config, device, out, result, s
     """
     n = min(len(images), len(split), len(learned), N_JUDGED)
     if n < 8:
-        print("note: samples are judged from 8 on; fewer are drawn only", file=sys.stderr)
+        print(
+            "note: samples are judged only where there are 8 of them, 8 slices to compare with, "
+            "and 8 that were learned from",
+            file=sys.stderr,
+        )
         return
     rng = np.random.default_rng(seed)
     which = {
@@ -549,7 +589,7 @@ def judge_samples(images, vq_vae, learned, split, config, device, out, result, s
     }
     result["samples"]["best_match_ssim"] = {kind: float(x.mean()) for kind, x in best.items()}
 
-    nearest, ssim = metrics.nearest(made, learned, desc="nearest training slice")
+    nearest, ssim = metrics.nearest(images, learned, desc="nearest training slice")
     _, of_real = metrics.nearest(held, learned, desc="the same for real slices")
     own = [metrics.slice_scores(x, y)["ssim"] for x, y in zip(train, again["train"], strict=True)]
     limit = float(np.percentile(own, 5))
@@ -558,15 +598,19 @@ def judge_samples(images, vq_vae, learned, split, config, device, out, result, s
         "real": float(of_real.mean()),
         "highest_sample": float(ssim.max()),
         "highest_real": float(of_real.max()),
+        "looked_up": len(images),
         "copy_from": limit,
         "copies": [int(i) for i in np.flatnonzero(ssim >= limit)],
     }
     order = np.argsort(-ssim)[:N_SHOWN]
     neighbours = learned.batch(nearest[order])[:, 0].numpy()
-    plots.nearest(made[order], neighbours, ssim[order], order, out / "nearest.png", config)
+    plots.nearest(images[order], neighbours, ssim[order], order, out / "nearest.png", config)
 
     groups = {"held": [split.patients[i] for i in which["held"]],
               "train": [learned.patients[i] for i in which["train"]]}  # fmt: skip
+    if min(len(set(names)) for names in groups.values()) < 2:
+        result["samples"]["two_sample_accuracy"] = None  # no patient would be left to test with
+        return
     accuracy, interval = metrics.two_sample_accuracy(
         made, again["held"], groups["held"], seed=seed, desc="telling samples from real"
     )
@@ -613,11 +657,12 @@ def summarise(result, out, data, split):
             match, near, told = (
                 s[k] for k in ("best_match_ssim", "nearest_training_ssim", "two_sample_accuracy")
             )
-            print(
-                f"               best match in {split} {match['samples']:.3f} (real slices "
-                f"{match['real']:.3f}); {len(near['copies'])} copies of training slices; told from "
-                f"real ones {100 * told['samples']:.0f} % of the time (50 is chance)"
-            )
+            line = f"best match in {split} {match['samples']:.3f} (real slices {match['real']:.3f})"
+            line += f"; {len(near['copies'])} copies of training slices"
+            if told:
+                share = 100 * told["samples"]
+                line += f"; told from real ones {share:.0f} % of the time (50 is chance)"
+            print(f"{'':15s}{line}")
     else:
         why = "--input" if split == "input" else "--n_samples 0" if p else "the run has no prior"
         print(f"samples        skipped ({why})")

@@ -197,11 +197,16 @@ def main():
         with utils.first_goes_first():
             data = dataset.load(**arguments)
         print(data.describe())
-        args.data_arguments = arguments
-        with utils.only_one(run_dir / f".{args.mode}.lock"):
+        if utils.processes()[1] > len(data["validate"]):
+            raise UserError("torchrun: more processes than slices to validate with; start fewer")
+        args.data_arguments = {  # the others are a matter of this machine
+            name: arguments[name] for name in arguments if name not in ("cache_dir", "workers")
+        }
+        with utils.only_one(run_dir / ".vq_vae.lock"):  # stage 2 needs stage 1 to stay as it is
             if args.mode == "vq_vae":
                 train_vq_vae(args, run_dir, settings, data, device)
-            else:
+                return
+            with utils.only_one(run_dir / ".pixelcnn.lock"):
                 train_pixelcnn(args, run_dir, settings, data, device, first)
 
 
@@ -404,10 +409,12 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
         return
     utils.wait_for_all()
     save(utils.write_json, directory / "config.json", config)
+    everything = directory, config, log, model, averaged, optimizer, state, running
+    if state["update"] == 0:
+        save(save_checkpoint, *everything)
     shown = {}
     diverged = f"{directory}: {{}} at update {{}}; what was saved is good; lower --learning_rate"
     stopped = f"{directory}: saved at update {{}}; the same command goes on from there"
-    everything = directory, config, log, model, averaged, optimizer, state, running
     skipped = 0  # updates in a row without a finite gradient
     total = {"total": options["n_updates"], "initial": state["update"], "unit": "update"}
     with tqdm(**total, desc=args.mode) as bar, utils.noted_signals() as signals:
@@ -551,8 +558,17 @@ def resume(directory, config, model, averaged, optimizer, state, running):
     """
     path = directory / "checkpoint.pt"
     if not path.exists():
+        if (directory / "model.safetensors").exists():
+            raise UserError(
+                f"{directory}: trained, but without {path.name} to go on from; --fresh starts over"
+            )
         return []
-    stored = utils.read_json(directory / "config.json")
+    stored = utils.read_config(directory)
+    if stored["precision"] != config["precision"]:
+        raise UserError(
+            f"{directory}: holds a run in {stored['precision']}; continue it with --precision "
+            f"{stored['precision']}, or start over with --fresh"
+        )
     for part in ("model", "train", "data"):
         for name in config[part]:
             if name in MAY_CHANGE or (part == "data" and name != "fingerprint"):
@@ -576,12 +592,14 @@ def resume(directory, config, model, averaged, optimizer, state, running):
         if averaged is not model:
             averaged.load_state_dict(checkpoint["averaged"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        if checkpoint["format_version"] != utils.FORMAT_VERSION:
+            raise ValueError(f"format version {checkpoint['format_version']}")
+        state |= checkpoint["state"]
+        running += checkpoint.get("running", [])
+        return checkpoint["log"]
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: damaged ({reason}); start over with --fresh") from error
-    state |= checkpoint["state"]
-    running += checkpoint.get("running", [])
-    return checkpoint["log"]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import platform
 import signal
 import sys
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -65,7 +65,10 @@ def run_main(main):
             words in reason for words in ("allocate memory", "not enough memory")
         ):
             raise
-        print(f"error: out of memory ({reason}); try a smaller --batch_size", file=sys.stderr)
+        print(
+            f"error: out of memory ({reason}); in training try a smaller --batch_size",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; training goes on from what it saved last if run again", file=sys.stderr)
@@ -113,8 +116,8 @@ def only_one(path):
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"{path.parent}: process {file.read().strip()} is training here; wait for it, or "
-                f"choose another --run_dir"
+                f"{path.parent}: process {file.read().strip()} is at work here; wait for it, or "
+                f"choose another folder"
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -284,12 +287,22 @@ def wait_for_all():
 
 @contextlib.contextmanager
 def first_goes_first():
-    """The first process runs the block before the others do: they find what it has written."""
-    if processes()[0] > 0:
-        wait_for_all()
-    yield
-    if processes()[0] == 0:
-        wait_for_all()
+    """The first process runs the block before the others do: they find what it has written.
+
+    If it fails the others end without a word: it has said why.
+    """
+    rank, n_processes = processes()
+    is_well = torch.zeros(1, dtype=torch.int64)
+    if rank > 0:
+        distributed.broadcast(is_well, 0)
+        if not is_well:
+            sys.exit(2)
+    try:
+        yield
+        is_well += 1
+    finally:
+        if rank == 0 and n_processes > 1:
+            distributed.broadcast(is_well, 0)
 
 
 def share(n):
@@ -376,12 +389,18 @@ def load_config(run_dir, stage):
     Raises:
         UserError: the stage has not been trained in `run_dir`, or its files are not ours.
     """
-    path = Path(run_dir) / stage / "config.json"
-    if not path.exists() or not path.with_name("model.safetensors").exists():
+    directory = Path(run_dir) / stage
+    if not all((directory / name).exists() for name in ("config.json", "model.safetensors")):
         raise UserError(
             f"{run_dir}: no trained {stage} here{_others(run_dir, stage)}; "
             f"run: python train.py --mode {stage} --run_dir {run_dir}"
         )
+    return read_config(directory)
+
+
+def read_config(directory):
+    """The config.json of a stage's directory; a UserError if it is not as this code writes it."""
+    path = directory / "config.json"
     config = read_json(path)
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
         found = config.get("format_version") if isinstance(config, dict) else None
@@ -389,7 +408,7 @@ def load_config(run_dir, stage):
             f"{path}: format version {found}, this code reads "
             f"{FORMAT_VERSION}; update the code or train again with --fresh"
         )
-    if not _is_ours(config):
+    if not _is_ours(config) or config.get("stage") != directory.name:
         raise UserError(f"{path}: not as this code writes it; train this stage again with --fresh")
     return config
 
@@ -401,6 +420,8 @@ def _is_ours(config):
         return False
     size, classes = data.get("size"), data.get("classes")
     numbers = [n for n in model.values() if isinstance(n, int | float)]
+    kinds = {"data": str, "image_size": list, "split_seed": int, "split_policy": str, "plane": str,
+             "group_regex": str, "slices": int, "skip_unreadable": bool}  # fmt: skip
     return (
         isinstance(size, list)
         and len(size) == 2
@@ -410,13 +431,28 @@ def _is_ours(config):
         and all(isinstance(data.get(key), str) for key in ("name", "layout", "fingerprint"))
         and isinstance(data.get("is_phantom"), bool)
         and isinstance(data.get("arguments"), dict)
+        and all(isinstance(x, kinds.get(key, ())) for key, x in data["arguments"].items())
+        and all(isinstance(n, int) for n in data["arguments"].get("image_size", []))
         and isinstance(config.get("train"), dict)
         and isinstance(config.get("preset"), str)
         and isinstance(config.get("precision"), str)
-        and isinstance(config.get("vq_vae", ""), str)
+        and (config.get("stage") == "vq_vae" or isinstance(config.get("vq_vae"), str))
+        and _fits(config.get("stage"), model)
+        and model.get("downsample", 8) in (4, 8, 16)
+        and (config["stage"] != "vq_vae" or not any(n % model.get("downsample", 8) for n in size))
         and all(n < 1 << 16 for n in numbers)
         and all(model[key] in range(1001) for key in model if key.endswith("_layers"))
     )
+
+
+def _fits(stage, model):
+    """Whether every entry of a configuration has the type that its dataclass says."""
+    if stage not in STAGES:
+        return False
+    kinds = {field.name: field.type for field in fields(STAGES[stage][0])}
+    kinds |= {name: (int, float) for name, kind in kinds.items() if kind is float}
+    kinds |= {"size": list}
+    return all(isinstance(value, kinds.get(name, ())) for name, value in model.items())
 
 
 def _others(run_dir, stage):
@@ -442,7 +478,10 @@ def load_model(run_dir, stage, device="cpu"):
     try:
         with torch.device("meta"):  # nothing is allocated for sizes that the file does not have
             model = make_model(make_config(**config["model"]))
-        model.load_state_dict(safetensors.torch.load_file(path), assign=True)
+        tensors = safetensors.torch.load_file(path)
+        if any(t.dtype != tensors[name].dtype for name, t in model.state_dict().items()):
+            raise ValueError("numbers of another kind")
+        model.load_state_dict(tensors, assign=True)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -1,6 +1,7 @@
 """The three commands as a user types them, mistakes included."""
 
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -145,8 +146,9 @@ def test_pictures_of_an_earlier_call_do_not_stay(run_dir, tmp_path):
         (tmp_path / "out" / mine).write_text("mine")
     call(f"predict.py --run_dir {run_dir} --out {tmp_path / 'out'} --n_samples 0 --n_maps 0")
     left = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")}
-    assert not {name for name in left if "sample" in name and "." in name}
-    assert not {name for name in left if name.endswith(".nii.gz")}
+    assert not {"samples.png", "nearest.png", "completions.png"} & left
+    assert not {name for name in left if name.startswith("surprise/")}
+    assert "samples/sample_00001.nii.gz" in left  # these are the user's
     assert {"notes.txt", "mine.png"} <= left
 
 
@@ -317,6 +319,67 @@ def test_samples_are_judged_beside_real_slices(run_dir, tmp_path):
     assert samples["nearest_training_ssim"]["highest_sample"] < 1
     assert 0 <= samples["two_sample_accuracy"]["samples"] <= 1
     assert (tmp_path / "nearest.png").exists()
+
+
+def test_an_interrupted_call_costs_nothing(run_dir, tmp_path, monkeypatch):
+    """Neither the samples there are, nor those of other settings already drawn."""
+    words = f"predict.py --run_dir {run_dir} --out {tmp_path} --n_maps 0 --n_samples"
+    monkeypatch.setattr(predict.metrics, "BATCH", 2)
+
+    def predict_with(flags, dies=False):
+        monkeypatch.setattr("sys.argv", f"{words} {flags}".split())
+        with monkeypatch.context() as patch:
+            if dies:
+                patch.setattr(predict.plots, "samples", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError) if dies else contextlib.nullcontext():
+                predict.main()
+        settings = json.loads((tmp_path / "samples" / "settings.json").read_text())
+        return contents(tmp_path / "samples"), settings["seed"]
+
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "sample_of_mine.png").write_bytes(b"mine")
+    before = predict_with("6")
+    assert predict_with("4 --seed 1", dies=True) == before
+    assert predict_with("2", dies=True) == before
+    assert predict_with("0") == before
+    assert predict_with("6") == before
+    assert not (tmp_path / ".unfinished").exists()
+    fewer, seed = predict_with("2")
+    assert len(fewer) == 2 * 2 + 2
+    assert seed == 0
+    other, seed = predict_with("2 --seed 1")
+    assert len(other) == 2 * 2 + 2
+    assert seed == 1
+    name = tmp_path / "samples" / "sample_00001.png"
+    assert other[name] != fewer[name]
+
+
+@pytest.mark.parametrize(
+    ("stage", "part", "name", "value"),
+    [
+        ("vq_vae", "data", "arguments", {"foo": 1}),
+        ("vq_vae", "data", "arguments", {"data": 5}),
+        ("vq_vae", "data", "arguments", {"workers": -1}),
+        ("vq_vae", "data", "size", [8, 8]),
+        ("vq_vae", "data", "size", [250, 128]),
+        ("vq_vae", "data", "classes", ["a"]),
+        ("vq_vae", "model", "beta", "x"),
+        ("vq_vae", "model", "n_embeddings", 17),
+        ("pixelcnn", "model", "size", None),
+        ("pixelcnn", "model", "n_embeddings", 17),
+        ("pixelcnn", None, "vq_vae", None),
+        ("pixelcnn", None, "stage", "vq_vae"),
+    ],
+)
+def test_a_tampered_config_is_one_error(stage, part, name, value, run_dir, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    config = json.loads((run / stage / "config.json").read_text())
+    (config[part] if part else config)[name] = value
+    (run / stage / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("sys.argv", ["predict.py", "--run_dir", str(run), "--n_samples", "1"])
+    with pytest.raises(utils.UserError):
+        predict.main()
 
 
 def test_samples_are_looked_up_among_the_slices_learned_from(run_dir, data, tmp_path):

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import types
 import zlib
 from pathlib import Path
@@ -980,3 +981,15 @@ def test_flags_become_arguments(tmp_path, load):
     assert (data.size, data.report["preprocessing"]["plane"]) == ((6, 4), "coronal")
     with pytest.raises(SystemExit):
         parser.parse_args(["--slices", "0"])
+
+
+def test_a_small_file_that_unpacks_to_a_large_one_takes_no_memory(tmp_path):
+    path = save(tmp_path / "bomb.nii.gz", pixels(0))
+    expected = np.asanyarray(nibabel.load(path).dataobj)
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(64 << 20)))
+    tracemalloc.start()
+    image = dataset._read_nifti(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(image, expected)
+    assert peak < 4 << 20

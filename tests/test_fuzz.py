@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import dataset
+import predict
 import utils
 
 N = int(os.environ.get("FUZZ", 1000))  # cases of each kind
@@ -63,6 +64,7 @@ def strange(value, rng):
 def loads_or_says_why(run, stage):
     try:
         utils.load_model(run, stage)
+        predict.load_prior(run, "cpu")
     except utils.UserError as error:
         assert "\n" not in str(error)  # noqa: PT017
 

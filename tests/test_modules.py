@@ -98,8 +98,8 @@ def test_diversity_is_the_missing_entropy_of_the_soft_assignment():
 def test_moving_averages_against_a_slow_loop_in_float64():
     quantizer = started_quantizer(revive=False).train()
     decay = quantizer.DECAY
-    total = quantizer.codebook.double().clone()  # (sum, count) of [1] appendix A.1
-    count = torch.ones(8, dtype=torch.float64)
+    count = torch.full((8,), 1 / 8, dtype=torch.float64)  # (sum, count) of [1] appendix A.1, each
+    total = quantizer.codebook.double() / 8  # as a share of the batch
     for step in range(40):
         z = vectors(seed=step)
         codebook = quantizer.codebook.clone()
@@ -107,8 +107,9 @@ def test_moving_averages_against_a_slow_loop_in_float64():
         flat = z.permute(0, 2, 3, 1).reshape(-1, 4).double()
         for k in range(8):
             members = [v for v, c in zip(flat, codes.flatten(), strict=True) if c == k]
-            count[k] = decay * count[k] + (1 - decay) * len(members)
-            total[k] = decay * total[k] + (1 - decay) * sum(members, torch.zeros(4).double())
+            mean = sum(members, torch.zeros(4).double()) / len(flat)
+            count[k] = decay * count[k] + (1 - decay) * len(members) / len(flat)
+            total[k] = decay * total[k] + (1 - decay) * mean
         assert not torch.equal(codebook, quantizer.codebook)
     expected = total / count[:, None]
     torch.testing.assert_close(quantizer.codebook.double(), expected, rtol=1e-4, atol=1e-5)
@@ -174,7 +175,7 @@ def test_dead_codes_are_revived_among_the_data_with_all_their_state():
     flat = z.permute(0, 2, 3, 1).reshape(-1, 4)
     revived = quantizer.codebook[5].clone()
     assert (flat - revived).abs().sum(1).min() == 0
-    assert quantizer.count[5] == len(flat) / 8
+    assert quantizer.count[5] == 1 / 8
     away = vectors(seed=1)
     away[:] = quantizer.codebook[0][None, :, None, None]  # every vector chooses code 0
     quantizer(away)

@@ -131,7 +131,7 @@ def test_two_runs_in_one_directory(data, tmp_path):
     with utils.only_one(tmp_path / ".vq_vae.lock"):
         words = f"train.py --mode vq_vae --data {data} --run_dir {tmp_path} {SMALL_VQ_VAE}"
         _, err = call(words, code=2)
-    assert f"process {os.getpid()} is training here" in err
+    assert f"process {os.getpid()} is at work here" in err
     assert not (tmp_path / "vq_vae").exists()
     call(words)
 
@@ -144,6 +144,38 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(data, tmp_path):
     call(f"{command} --n_updates 9")
     log = [json.loads(line) for line in (tmp_path / "r" / "vq_vae" / "log.jsonl").open()]
     assert [entry["update"] for entry in log] == [3, 6, 9]
+
+
+def test_a_run_that_cannot_go_on_is_left_as_it_is(data, run_dir, tmp_path, monkeypatch):
+    path = tmp_path / "run" / "vq_vae"
+    config = json.loads((run_dir / "vq_vae" / "config.json").read_text())
+    other = "fp32" if config["precision"] == "bf16" else "bf16"
+
+    def without_checkpoint():
+        (path / "checkpoint.pt").unlink()
+
+    def with_newer_config():
+        (path / "config.json").write_text(json.dumps(config | {"format_version": 2}))
+
+    def with_newer_checkpoint():
+        checkpoint = torch.load(path / "checkpoint.pt", weights_only=True)
+        torch.save(checkpoint | {"format_version": 99}, path / "checkpoint.pt")
+
+    for change, flags, words in (
+        (without_checkpoint, "", "without checkpoint.pt"),
+        (with_newer_config, "", "format version 2"),
+        (with_newer_checkpoint, "", "format version 99"),
+        (lambda: None, f"--precision {other}", f"it with --precision {config['precision']}"),
+    ):
+        shutil.rmtree(path.parent, ignore_errors=True)
+        shutil.copytree(run_dir, path.parent)
+        change()
+        before = {file.name: file.read_bytes() for file in path.iterdir()}
+        words_of = f"train.py --mode vq_vae --data {data} --run_dir {path.parent} {SMALL_VQ_VAE}"
+        monkeypatch.setattr("sys.argv", f"{words_of} --n_updates 9 {flags}".split())
+        with pytest.raises(utils.UserError, match=words):
+            train.main()
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 
 def test_patience_stops_early(data, tmp_path):
