@@ -447,7 +447,7 @@ def _is_ours(config):
 
 def _fits(stage, model):
     """Whether every entry of a configuration has the type that its dataclass says."""
-    if stage not in STAGES:
+    if stage not in list(STAGES):  # it may be no string
         return False
     kinds = {field.name: field.type for field in fields(STAGES[stage][0])}
     kinds |= {name: (int, float) for name, kind in kinds.items() if kind is float}
