@@ -571,18 +571,19 @@ class GatedPixelCNN(nn.Module):
             i, j, logits (n, K).
         """
         n, rows, columns = codes.shape
-        device, c, r = self.atlas.device, self.config.n_channels, self.config.kernel_size // 2
+        like = {"device": self.atlas.device, "dtype": self.atlas.dtype}
+        c, r = self.config.n_channels, self.config.kernel_size // 2
         n_layers = len(self.layers)
         atlas, conditions = self._conditions(n, label, depth)
         # per layer, the vertical stack's last r + 1 input rows; zeros are the padding above row 0
-        above = [torch.zeros(n, c, r + 1, columns + 2 * r, device=device) for _ in self.layers]
+        above = [torch.zeros(n, c, r + 1, columns + 2 * r, **like) for _ in self.layers]
         # per layer, the horizontal stack's inputs of a row, r zeros of padding before them, and
         # views of it: what the kernel covers at each column, and the place of that column
-        left = torch.zeros(n_layers + 1, n, (columns + r) * c, device=device)
+        left = torch.zeros(n_layers + 1, n, (columns + r) * c, **like)
         covered = [left[..., j * c : (j + r + 1) * c].unbind() for j in range(columns)]
         here = [left[..., (j + r) * c : (j + r + 1) * c].unbind() for j in range(columns)]
         # half a sigmoid's input, since sigmoid(b) = (1 + tanh(b / 2)) / 2: one tanh does for a gate
-        half = torch.ones(2 * c, device=device)
+        half = torch.ones(2 * c, **like)
         half[c:] = 0.5
         kernels, outs = [], []
         for layer in self.layers:
@@ -590,11 +591,11 @@ class GatedPixelCNN(nn.Module):
             kernels.append((kernel * half).contiguous())  # ((r + 1) C, 2C)
             out = torch.cat([0.5 * layer.h_out.weight.flatten(1).t(), layer.h_out.bias[None]])
             outs.append(out)  # (C + 1, C)
-        x, gated = torch.empty(n, 2 * c, device=device), torch.ones(n, c + 1, device=device)
+        x, gated = torch.empty(n, 2 * c, **like), torch.ones(n, c + 1, **like)
         a, b = x.chunk(2, 1)
         inner = gated[:, :c]  # the last column multiplies the bias
         hidden, last = ((conv.weight.flatten(1), conv.bias) for conv in self.head[1::2])
-        previous_row = torch.zeros(n, c, columns, device=device)
+        previous_row = torch.zeros(n, c, columns, **like)
         for i in range(rows):
             v = previous_row + atlas[:, :, i]  # (n, C, w)
             from_above = []  # per layer, what the horizontal stack adds at each column
@@ -606,7 +607,7 @@ class GatedPixelCNN(nn.Module):
                 down = (layer.down(y) + condition + bias)[:, :, 0] * half[:, None]
                 from_above.append(down.permute(2, 0, 1).contiguous().unbind())
                 v = v + layer.v_out(gate(y + condition))[:, :, 0]
-            code_left = torch.zeros(n, c, device=device)
+            code_left = torch.zeros(n, c, **like)
             for j in range(columns):
                 torch.add(code_left, atlas[:, :, i, j], out=here[j][0])
                 for k in range(n_layers):

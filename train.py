@@ -80,7 +80,7 @@ PRESETS = {
         ),
     },
 }
-HIDDEN = 0.1  # chance that a label or depth is hidden, so that one prior also learns "any"
+HIDDEN = 0.05  # chance each that label, depth, or both are hidden: one prior also learns "any"
 MAY_CHANGE = {"n_updates", "log_interval", "patience"}  # when a run is continued
 
 
@@ -305,10 +305,11 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
     def loss_of(indices):
         own = utils.share(len(indices))
         batch, label, depth = (tensor[indices[own]].to(device) for tensor in train)
-        hidden = torch.rand((2, len(indices)), device=device)[:, own] < HIDDEN
+        chance = torch.rand(len(indices), device=device)[own] / HIDDEN
         if utils.processes()[0] > 0:  # or all would drop out the same activations
             torch.manual_seed(torch.initial_seed() + utils.processes()[0])
-        label, depth = torch.where(hidden[0], -1, label), torch.where(hidden[1], -1, depth)
+        label = torch.where(chance < 2, -1, label)
+        depth = torch.where((chance >= 1) & (chance < 3), -1, depth)
         with compute():
             logits = network(batch, label, depth)
         return {"bits_per_code": metrics.bits(logits, batch).mean()}
@@ -490,7 +491,7 @@ def save(write, *args):
 
 def is_collapsing(used, size, perplexity, **_):
     """Whether a split of varied slices uses less of the codebook than a healthy one would."""
-    return used < max(2, 0.1 * size) or perplexity < 0.04 * size
+    return used < max(2, 0.1 * size) or perplexity < max(1.5, 0.04 * size)
 
 
 def is_done(log, state, options):

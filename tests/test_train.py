@@ -265,6 +265,20 @@ def test_two_processes_equal_one_of_twice_the_batch(data, tmp_path):
         assert a.read_bytes() == b.read_bytes()
 
 
+def test_a_collapse_is_called_out_while_it_happens(data, tmp_path, monkeypatch, capsys):
+    """A codebook of one code in use; two validations, so two warnings."""
+    words = f"train.py --mode vq_vae --data {data} --run_dir {tmp_path} {SMALL_VQ_VAE}"
+    monkeypatch.setattr("sys.argv", f"{words} --codebook loss --learning_rate 0".split())
+    monkeypatch.setattr(
+        train.metrics, "reconstruct", lambda *_, **__: [(x, x, torch.zeros(2, 4, 4).long())]
+    )
+    x = torch.rand(2, 1, 16, 16)
+    train.main()
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("the codebook collapses: after") == 2
+    assert "1 of 16 codes are in use, perplexity 1.0" in said.out + said.err
+
+
 def test_a_collapsing_codebook_is_told_from_a_young_one():
     assert not train.is_collapsing(used=460, size=512, perplexity=180)
     assert train.is_collapsing(used=40, size=512, perplexity=30)
