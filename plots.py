@@ -339,10 +339,13 @@ def report(result, config, out, run_dir):
     parts += ["<h2>Training</h2>"]
     for stage in utils.STAGES:
         parts += _picture(run_dir / stage / "curves.png", f"Training of the {stage}.")
-    settings = {key: config[key] for key in ("preset", "model", "train", "precision")}
-    settings |= {"seed": result["seed"], "versions": result["versions"]}
-    parts += ["<h2>Configuration of stage 1</h2>"]
-    parts += [f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre>"]
+    stages = utils.STAGES if result["prior"] else ["vq_vae"]
+    for stage in stages:
+        stored = utils.load_config(run_dir, stage)
+        settings = {key: stored[key] for key in ("preset", "model", "train", "precision")}
+        parts += [f"<h2>Configuration of the {stage}</h2>"]
+        parts += [f"<pre>{html.escape(json.dumps(settings, indent=1))}</pre>"]
+    parts += ["<h2>Seed and versions</h2>", _table({"seed": result["seed"]} | result["versions"])]
     parts += ["<p>Not for diagnosis.</p>"]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
