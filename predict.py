@@ -79,7 +79,7 @@ def parser():
         help="1 draws from the prior as learned; less gives likelier, less varied slices",
     )
     sample.add_argument(
-        "--guidance", type=utils.at_least(0.0, float), metavar="W", default=1.0,
+        "--guidance", type=utils.at_least(0.0, float), metavar="W", default=0.5,
         help="how much more a slice shall look like its position and label; 0 draws as learned",
     )
     sample.add_argument(

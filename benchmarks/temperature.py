@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter
 
 N, SHOWN = 64, 8
 SETTINGS = [(0.5, 0), (0.75, 0), (1, 0), (0.75, 0.5), (0.5, 1), (0.75, 1), (1, 1), (0.75, 2)]
-PICTURED = [(0.5, 0), (1, 0), (0.75, 0), (0.75, 1)]
+PICTURED = [(0.5, 0), (1, 0), (0.75, 0), (0.75, 0.5)]
 
 
 def named(temperature, guidance):
