@@ -9,13 +9,13 @@ what predict.py drew.
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.patches import FancyBboxPatch
-from PIL import Image
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,9 +185,7 @@ def main():
     architecture(vq_vae, prior, data.size, figures / "architecture.png")
     receptive_field(prior, figures / "receptive_field.png")
     for name in COPIED:
-        with Image.open(args.run_dir / "predict" / f"{name}.png") as picture:
-            small = picture.convert("RGB").quantize(128)  # a third of the size, the same to the eye
-        small.save(figures / f"{name}.png", optimize=True)
+        shutil.copy(args.run_dir / "predict" / f"{name}.png", figures)
 
 
 if __name__ == "__main__":
