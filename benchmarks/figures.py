@@ -4,18 +4,18 @@
 
 figures/overview.png shows test slices, their codes and reconstructions, and samples,
 figures/architecture.png the layers of a run's networks with the shapes that pass through them,
-figures/receptive_field.png which codes a logit of its prior depends on. The rest are copied from
-what predict.py drew.
+figures/receptive_field.png which codes a logit of its prior depends on. The rest are what
+predict.py drew.
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.patches import FancyBboxPatch
+from PIL import Image
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,7 +185,9 @@ def main():
     architecture(vq_vae, prior, data.size, figures / "architecture.png")
     receptive_field(prior, figures / "receptive_field.png")
     for name in COPIED:
-        shutil.copy(args.run_dir / "predict" / f"{name}.png", figures)
+        with Image.open(args.run_dir / "predict" / f"{name}.png") as picture:
+            picture.thumbnail((1200, 1400))  # as large as a page shows it
+            picture.convert("RGB").save(figures / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":
