@@ -258,7 +258,7 @@ def load_alone(path, size) -> SliceData:
     """A slice, or a folder of slices, of no data set: one split, "input", nothing cached.
 
     Each slice is scaled by its own percentile, shrunk, cropped or padded to size (H, W); its
-    position and label are unknown.
+    position and label are unknown. A file whose name does not tell the patient counts as one.
 
     Raises UserError for what the user can mend.
     """
@@ -267,10 +267,14 @@ def load_alone(path, size) -> SliceData:
         root, names, bad = path.parent, [path.name], {}
     else:
         root = path
-        files, bad, _ = _walk(path)
+        files, bad, _ = _walk(path, "--input")
         names = [os.path.join(folder, name).lstrip("/") for folder, name, *_ in files]
-    images, slices = [], []
+    images, slices, unknown = [], [], []
     for name in names:
+        who = _identify(name, Path(name).parent.parts)
+        if who is None:
+            unknown.append(name)
+        patient, volume, _ = who or (name, name, None)
         found = _images(str(root), name, None, [0])
         if isinstance(found, str):
             bad[name] = found
@@ -278,15 +282,17 @@ def load_alone(path, size) -> SliceData:
         shift, scale, *_ = _window(found)
         image = _fit((found[0] - shift) * np.float32(1 / scale), found[0].shape, size)
         images.append(np.rint(image.clip(0, 1) * 65535).astype(np.uint16))
-        slices.append(Slice(f"{root}/{name}", "input", name, name, None, -1.0, 0))
+        slices.append(Slice(f"{root}/{name}", "input", patient, volume, None, -1.0, 0))
     if bad:
         first = "; ".join(f"{name} ({why})" for name, why in sorted(bad.items())[:10])
         raise UserError(f"{path}: cannot be read: {first}; give slices, one image in each file")
-    n, unknown = len(slices), np.full(len(slices), -1)
-    split = SliceSplit(np.stack(images), unknown, unknown.astype(np.float32), names, slices)
+    n, nothing, patients = len(slices), np.full(len(slices), -1), [s.patient for s in slices]
+    split = SliceSplit(np.stack(images), nothing, nothing.astype(np.float32), patients, slices)
     fingerprint = hashlib.sha256(split.images.tobytes()).hexdigest()[:32]
-    report = {"splits": {"input": {"slices": n, "patients": n}}, "split_origin": "not needed"}
-    report |= {"cropped": 0, "padded": 0, "shrunk": 0, "unreadable": 0, "patients_separable": True}
+    counts = {"input": {"slices": n, "patients": len(set(patients))}}
+    report = {"splits": counts, "split_origin": "not needed"}
+    report |= {"cropped": 0, "padded": 0, "shrunk": 0, "unreadable": 0}
+    report |= {"patients_separable": n == 1 or not unknown}
     return SliceData(
         path.name, False, "single slices", tuple(size), [], report, fingerprint, np.eye(4),
         (1.0, 1.0, 1.0), 1.0, {"input": split}, None, {},
@@ -320,14 +326,14 @@ def _is_image(name):
     return name.lower().endswith(NIFTI + RASTER)
 
 
-def _walk(root):
+def _walk(root, flag="--data"):
     """Images below root as sorted [(folder, name, size, mtime_ns)], bad files, what was ignored.
 
     A link back into root is not followed and no folder is read twice, so a loop ends, and no split
     is read under another name. A folder named like an image is looked into.
     """
     if not os.path.isdir(root):
-        raise UserError(f"{root}: no such folder; give --data the folder that holds the slices")
+        raise UserError(f"{root}: no such folder; give {flag} the folder that holds the slices")
     files, bad, ignored, seen = [], {}, Counter(), set()
     top = Path(root).resolve()
 
@@ -368,7 +374,7 @@ def _walk(root):
             bad[folder] = "a folder named like an image, with no image in it"
     if not files:
         found = "; ".join(f"{k}: {v}" for k, v in [*bad.items(), *ignored.items()]) or "it is empty"
-        raise UserError(f"{root}: no NIfTI, PNG, JPEG or TIFF image in it ({found}); check --data")
+        raise UserError(f"{root}: no NIfTI, PNG, JPEG or TIFF image in it ({found}); check {flag}")
     return sorted(files), bad, dict(ignored)
 
 

@@ -43,7 +43,7 @@ PRESETS = {
                        n_embeddings=512, beta=0.25, downsample=8, codebook="ema",
                        diversity=0.01),
             train=dict(n_updates=1400, batch_size=8, learning_rate=4e-3, log_interval=200,
-                       loss="l1_ssim", average=0.0, **MODERN),
+                       loss="ssim", average=0.0, **MODERN),
         ),
         "pixelcnn": dict(
             model=dict(n_channels=64, n_layers=10, kernel_size=3, dropout=0.1),
@@ -57,7 +57,7 @@ PRESETS = {
                        n_embeddings=512, beta=0.25, downsample=8, codebook="ema",
                        diversity=0.01),
             train=dict(n_updates=20000, batch_size=8, learning_rate=4e-3, log_interval=500,
-                       loss="l1_ssim", average=0.0, **MODERN),
+                       loss="ssim", average=0.0, **MODERN),
         ),
         "pixelcnn": dict(
             model=dict(n_channels=128, n_layers=15, kernel_size=3, dropout=0.2),
@@ -139,7 +139,8 @@ def parser():
     add(one, "codebook", text, choices=["ema", "loss"])
     add(one, "diversity", "weight of the term that asks for all codes to be used alike", **real)
     add(one, "downsample", "f, pixels per code and axis", type=int, choices=[4, 8, 16])
-    add(one, "loss", "|x - y| + 1 - SSIM, |x - y|, or its square", choices=["l1_ssim", "l1", "mse"])
+    text = "1 - SSIM, the same + |x - y|, |x - y| alone, or its square"
+    add(one, "loss", text, choices=["ssim", "l1_ssim", "l1", "mse"])
     two = p.add_argument_group("stage 2, the gated PixelCNN")
     add(two, "n_channels", "channels of each stack", **count)
     add(two, "n_layers", "gated layers", **count)
@@ -249,11 +250,11 @@ def train_vq_vae(args, run_dir, settings, data, device):
 
 
 def reconstruction_loss(x, y, kind):
-    """x, y: (B, 1, H, W) -> scalar. `l1_ssim` is |x - y| + 1 - SSIM(x, y)."""
+    """x, y: (B, 1, H, W) -> scalar. `ssim` is 1 - SSIM(x, y), `l1_ssim` adds |x - y|."""
     if kind == "mse":
         return F.mse_loss(y, x)
-    loss = F.l1_loss(y, x)
-    return loss + 1 - utils.ssim(x, y).mean() if kind == "l1_ssim" else loss
+    loss = 1 - utils.ssim(x, y).mean() if "ssim" in kind else 0.0
+    return loss + F.l1_loss(y, x) if "l1" in kind else loss
 
 
 def check_size(name, size, downsample):

@@ -380,7 +380,8 @@ def read_json(path):
 def save_model(model, path):
     """The weights alone; with config.json beside them, all that `load_model` needs."""
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary))
+    packed = safetensors.torch.save(tensors)  # save_file would hide the file from other users
+    write_atomically(path, lambda temporary: temporary.write_bytes(packed))
 
 
 def load_config(run_dir, stage):

@@ -3,11 +3,15 @@
 import base64
 import contextlib
 import csv
+import errno
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -160,21 +164,6 @@ def test_stage_two_leaves_stage_one_as_it_is(run_dir, tmp_path):
     assert contents(copy / "vq_vae") == before
 
 
-def test_predicting_twice_gives_the_same(predicted, run_dir, tmp_path):
-    _, first = predicted
-    call(f"predict.py --run_dir {run_dir} --n_samples 3 --out {tmp_path / 'again'}")
-    second = json.loads((tmp_path / "again" / "metrics.json").read_text())
-    for numbers in (first, second):
-        numbers["samples"].pop("seconds")
-    assert first == second
-    for name in ("sample_00000.nii.gz", "sample_00002.nii.gz"):
-        a, b = (
-            np.asanyarray(nib.load(folder / "samples" / name).dataobj)
-            for folder in (run_dir / "predict", tmp_path / "again")
-        )
-        assert np.array_equal(a, b)
-
-
 def test_pictures_open(predicted, run_dir):
     for name in (
         "reconstructions", "codes", "samples", "surprise", "completions", "ssim", "usage",
@@ -193,18 +182,21 @@ def test_a_slice_of_ones_own_is_reconstructed_and_scored(run_dir, data, tmp_path
     y = model(torch.from_numpy(x)[None, None])[0][0, 0].detach().clamp(0, 1).numpy()
     expected = structural_similarity(x, y, data_range=1.0)
     assert float(row["ssim"]) == pytest.approx(expected, abs=1e-3)
+    assert row["patient"] == path.name[: len("case_000")]
     assert len(list((tmp_path / "one" / "surprise").iterdir())) == 1
 
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     Image.fromarray((x * 255).astype(np.uint8)).resize((256, 512)).save(pictures / "large.png")
     Image.fromarray((x * 255).astype(np.uint8)).crop((9, 9, 60, 80)).save(pictures / "small.png")
-    call(f"predict.py --run_dir {run_dir} --input {pictures} --out {tmp_path / 'two'}")
+    out, _ = call(f"predict.py --run_dir {run_dir} --input {pictures} --out {tmp_path / 'two'}")
+    assert "2 slices of 2 patients" in out
+    assert "PATIENTS CANNOT BE TOLD APART" in out
     rows = list(csv.DictReader((tmp_path / "two" / "per_slice.csv").open()))
     assert [row["file"] for row in rows] == ["large.png", "small.png"]
     (pictures / "broken.png").write_bytes(b"no picture")
     mistake(f"predict.py --run_dir {run_dir} --input {pictures}", "broken.png")
-    mistake(f"predict.py --run_dir {run_dir} --input {tmp_path / 'none'}", "none")
+    mistake(f"predict.py --run_dir {run_dir} --input {tmp_path / 'none'}", "none", "--input")
 
 
 def test_many_samples_go_on_where_they_stopped(run_dir, tmp_path, monkeypatch):
@@ -247,6 +239,33 @@ def test_a_full_disk_leaves_the_results_of_the_last_call(run_dir, tmp_path):
     call(f"{words} 3 --seed 1")
     assert not (tmp_path / ".unfinished").exists()
     assert len(list((tmp_path / "samples").glob("*.png"))) == 3
+
+
+def test_a_disk_that_fills_while_samples_are_exported(run_dir, tmp_path, monkeypatch):
+    """What was drawn before stays, and what is left is drawn when there is room again."""
+    monkeypatch.setattr(predict.metrics, "BATCH", 2)
+    words = f"predict.py --run_dir {run_dir} --n_maps 0 --n_samples 6 --out"
+
+    def predict_to(out):
+        monkeypatch.setattr("sys.argv", f"{words} {out}".split())
+        predict.main()
+        return {path.name: path.read_bytes() for path in out.glob("samples/sample_*")}
+
+    def replace(source, target, original=os.replace):
+        if Path(target).name == "sample_00003.png":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        original(source, target)
+
+    whole, out = predict_to(tmp_path / "whole"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(utils.UserError, match=r"sample_00003.png: .*No space left.*disk full"):
+            predict_to(out)
+    drawn = {path: path.stat().st_mtime_ns for path in out.rglob("sample_0000[0-2]*")}
+    assert len(drawn) == 6
+    assert predict_to(out) == whole
+    for path, time in drawn.items():
+        assert (out / "samples" / path.name).stat().st_mtime_ns == time
 
 
 def test_too_little_memory_is_one_error(data, tmp_path):
@@ -319,6 +338,19 @@ def test_samples_are_judged_beside_real_slices(run_dir, tmp_path):
     assert samples["nearest_training_ssim"]["highest_sample"] < 1
     assert 0 <= samples["two_sample_accuracy"]["samples"] <= 1
     assert (tmp_path / "nearest.png").exists()
+
+
+def test_predicting_twice_gives_the_same(run_dir, tmp_path):
+    """Numbers, pictures and files, byte for byte, but for the time that sampling took."""
+    words = f"predict.py --run_dir {run_dir} --split train --n_samples 8 --n_maps 2 --out"
+    found = []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        call(f"{words} {out}")
+        files = {path.relative_to(out): file for path, file in contents(out).items()}
+        for name in (Path("metrics.json"), Path("report.html")):
+            files[name] = re.sub(rb'("seconds": |seconds<.th><td>)[0-9.]+', b"", files[name])
+        found.append(files)
+    assert found[0] == found[1]
 
 
 def test_an_interrupted_call_costs_nothing(run_dir, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """Training: the order of the data, and runs that are stopped and go on."""
 
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -48,22 +50,37 @@ def test_average_against_a_loop():
     torch.testing.assert_close(averaged.weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(data, run_dir, tmp_path):
-    """Both stages; a first command of half the updates under the whole run's schedule."""
-    run = tmp_path / "run"
-    stages = (
-        (f"--mode vq_vae --data {data} {SMALL_VQ_VAE}", "vq_vae", 3),
-        (f"--mode pixelcnn {SMALL_PRIOR}", "pixelcnn", 2),
-    )
-    for flags, stage, half in stages:
+def stages(data):
+    """The commands of both stages, without --run_dir, of the runs below."""
+    return {
+        "vq_vae": f"--mode vq_vae --data {data} {SMALL_VQ_VAE}",
+        "pixelcnn": f"--mode pixelcnn {SMALL_PRIOR}",
+    }
+
+
+def assert_the_same(a, b):
+    """Runs of a stage: all that training keeps, bit for bit.
+
+    checkpoint.pt holds weights, codebook, averaged weights, the optimizer's state, and the log.
+    """
+    for name in ("model.safetensors", "log.jsonl", "curves.png"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    contents = [io.BytesIO(), io.BytesIO()]
+    for run, content in zip((a, b), contents, strict=True):
+        torch.save(torch.load(run / "checkpoint.pt", weights_only=True), content)
+    assert contents[0].getvalue() == contents[1].getvalue()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(precision, data, tmp_path):
+    """Both stages; the first command dies, half-way through the updates."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    for (stage, flags), half in zip(stages(data).items(), (3, 2), strict=True):
+        flags += f" --precision {precision}"
+        call(f"train.py --run_dir {whole} {flags}")
         stop_after(run, flags, half)
         call(f"train.py --run_dir {run} {flags}")
-        a, b = (load_file(r / stage / "model.safetensors") for r in (run, run_dir))
-        for name in a:
-            assert torch.equal(a[name], b[name]), name
-        assert (run / stage / "log.jsonl").read_text() == (
-            run_dir / stage / "log.jsonl"
-        ).read_text()
+        assert_the_same(run / stage, whole / stage)
 
 
 def stop_after(run, flags, n):
@@ -99,18 +116,42 @@ def test_a_signal_ends_the_update_saves_and_the_run_goes_on(
     _, err = call(["-c", code, *flags.split(), "--run_dir", tmp_path / "run"], code=status)
     assert "saved at update 2; the same command goes on" in err
     call(f"train.py --run_dir {tmp_path / 'run'} {flags}")
-    for name in ("model.safetensors", "log.jsonl"):
-        resumed, whole = (path / "vq_vae" / name for path in (tmp_path / "run", run_dir))
-        assert resumed.read_bytes() == whole.read_bytes(), name
+    assert_the_same(tmp_path / "run" / "vq_vae", run_dir / "vq_vae")
 
 
-def test_kills_at_any_instant_cost_nothing(data, tmp_path):
+def test_a_second_ctrl_c_leaves_at_once(data, tmp_path):
+    """Both in the middle of update 2, which therefore is not made."""
+    flags = f"--mode vq_vae --data {data} {SMALL_VQ_VAE} --log_interval 1"
+    code = (
+        "import os, signal, train, utils\n"
+        "original, calls = train.batch_indices, []\n"
+        "def batch_indices(*args):\n"
+        "    calls.append(0)\n"
+        "    if len(calls) == 2:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return original(*args)\n"
+        "train.batch_indices = batch_indices\n"
+        "utils.run_main(train.main)\n"
+    )
+    _, err = call(["-c", code, *flags.split(), "--run_dir", tmp_path], code=130)
+    assert "training goes on from what it saved last" in err
+    assert "Traceback" not in err
+    log = (tmp_path / "vq_vae" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["update"] for line in log] == [1]
+
+
+@pytest.mark.parametrize(("stage", "n_kills"), [("vq_vae", 25), ("pixelcnn", 12)])
+def test_kills_at_any_instant_cost_nothing(stage, n_kills, data, run_dir, tmp_path):
     """SIGKILL while updates, validations and checkpoints follow each other closely."""
-    flags = f"--mode vq_vae --data {data} {SMALL_VQ_VAE} --n_updates 24 --log_interval 1"
-    call(f"train.py --run_dir {tmp_path / 'whole'} {flags}")
-    run, rng = tmp_path / "run", np.random.default_rng(0)
-    log = run / "vq_vae" / "log.jsonl"
-    for _ in range(int(os.environ.get("KILLS", 25))):
+    flags = f"{stages(data)[stage]} --n_updates {2 * n_kills} --log_interval 1"
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    if stage == "pixelcnn":
+        for path in (whole, run):
+            shutil.copytree(run_dir / "vq_vae", path / "vq_vae")
+    call(f"train.py --run_dir {whole} {flags}")
+    rng, log = np.random.default_rng(0), run / stage / "log.jsonl"
+    for _ in range(n_kills):
         before = log.stat().st_mtime_ns if log.exists() else 0
         words = [sys.executable, "train.py", "--run_dir", str(run), *flags.split()]
         with subprocess.Popen(words, cwd=ROOT, stdout=-3, stderr=-3) as process:
@@ -120,11 +161,35 @@ def test_kills_at_any_instant_cost_nothing(data, tmp_path):
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.8))
             process.kill()
-        utils.load_model(run, "vq_vae")  # what is there can be used
+        utils.load_model(run, stage)  # what is there can be used
     call(f"train.py --run_dir {run} {flags}")
-    for name in ("model.safetensors", "log.jsonl"):
-        killed, whole = (path / "vq_vae" / name for path in (run, tmp_path / "whole"))
-        assert killed.read_bytes() == whole.read_bytes(), name
+    assert_the_same(run / stage, whole / stage)
+
+
+def test_a_full_disk_or_a_folder_that_is_none(data, tmp_path):
+    """One line; the last good checkpoint is as it was, and training goes on from it."""
+    flags = stages(data)["vq_vae"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    call(f"train.py --run_dir {whole} {flags}")
+    stop_after(run, flags, 3)
+    before = {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file()}
+    code = (
+        "import resource, train, utils\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"  # log.jsonl fits
+        "utils.run_main(train.main)\n"
+    )
+    _, err = call(["-c", code, *flags.split(), "--run_dir", run], code=2)
+    assert re.search(r"^error: .*cannot be written.*disk full", err, re.M)
+    assert "Traceback" not in err
+    for name in ("checkpoint.pt", "model.safetensors", "config.json"):
+        path = run / "vq_vae" / name
+        assert path.read_bytes() == before[path], name
+    call(f"train.py --run_dir {run} {flags}")
+    assert_the_same(run / "vq_vae", whole / "vq_vae")
+
+    (tmp_path / "file").touch()
+    _, err = call(f"train.py --run_dir {tmp_path / 'file' / 'run'} {flags}", code=2)
+    assert "cannot be made (Not a directory); choose another folder" in err
 
 
 def test_two_runs_in_one_directory(data, tmp_path):
