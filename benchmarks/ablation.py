@@ -25,6 +25,8 @@ import modules
 
 ROWS = {
     "demo": [],
+    "demo, seed 1": ["--seed", "1"],
+    "demo, seed 2": ["--seed", "2"],
     "f=4": ["--downsample", "4"],
     "f=4, diversity 0.05": ["--downsample", "4", "--diversity", "0.05"],
     "f=4, diversity 0.05, 4 blocks": [
@@ -34,6 +36,7 @@ ROWS = {
     "K=256": ["--n_embeddings", "256"],
     "K=1024": ["--n_embeddings", "1024"],
     "codebook by loss": ["--codebook", "loss"],
+    "no revival": [],
     "no k-means, no revival": [],
     "no diversity term": ["--diversity", "0"],
     "loss L1 + SSIM": ["--loss", "l1_ssim"],
@@ -52,6 +55,14 @@ ROWS = {
     "VAE, 32 numbers a place": [],
     "VAE, 4 numbers a place": ["--embedding_dim", "4"],
 }
+
+
+class Strided(modules.Encoder):
+    """With unit RMS, which only the folding stem has."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.append(modules.UnitRMS())
 
 
 class RotationTrick(modules.VectorQuantizer):
@@ -118,8 +129,11 @@ def apply(row):
     presets = harness.train.PRESETS["demo"]["vq_vae"]
     if row == "no k-means, no revival":
         presets["model"]["revive"] = False
+    elif row == "no revival":
+        modules.VectorQuantizer.DEAD = 0.0
     elif row == "strided stem":
         presets["model"]["stem"] = "strided"
+        modules.Encoder = Strided
     elif row == "no unit RMS":
         modules.UnitRMS = torch.nn.Identity
     elif row == "averaged weights":
