@@ -43,7 +43,7 @@ PRESETS = {
                        n_embeddings=512, beta=0.25, downsample=8, codebook="ema",
                        diversity=0.01),
             train=dict(n_updates=1400, batch_size=8, learning_rate=4e-3, log_interval=200,
-                       loss="ssim", average=0.0, **MODERN),
+                       loss="l1_ssim", average=0.0, **MODERN),
         ),
         "pixelcnn": dict(
             model=dict(n_channels=64, n_layers=10, kernel_size=3, dropout=0.1),
@@ -57,7 +57,7 @@ PRESETS = {
                        n_embeddings=512, beta=0.25, downsample=8, codebook="ema",
                        diversity=0.01),
             train=dict(n_updates=20000, batch_size=8, learning_rate=4e-3, log_interval=500,
-                       loss="ssim", average=0.0, **MODERN),
+                       loss="l1_ssim", average=0.0, **MODERN),
         ),
         "pixelcnn": dict(
             model=dict(n_channels=128, n_layers=15, kernel_size=3, dropout=0.2),
@@ -80,6 +80,7 @@ PRESETS = {
         ),
     },
 }
+L1_BESIDE_SSIM = 0.25  # SSIM alone lets the grey levels drift, a weight of 1 costs SSIM
 HIDDEN = 0.05  # chance each that label, depth, or both are hidden: one prior also learns "any"
 MAY_CHANGE = {"n_updates", "log_interval", "patience"}  # when a run is continued
 
@@ -139,8 +140,8 @@ def parser():
     add(one, "codebook", text, choices=["ema", "loss"])
     add(one, "diversity", "weight of the term that asks for all codes to be used alike", **real)
     add(one, "downsample", "f, pixels per code and axis", type=int, choices=[4, 8, 16])
-    text = "1 - SSIM, the same + |x - y|, |x - y| alone, or its square"
-    add(one, "loss", text, choices=["ssim", "l1_ssim", "l1", "mse"])
+    text = f"1 - SSIM + {L1_BESIDE_SSIM:g} |x - y|, 1 - SSIM, |x - y|, or its square"
+    add(one, "loss", text, choices=["l1_ssim", "ssim", "l1", "mse"])
     two = p.add_argument_group("stage 2, the gated PixelCNN")
     add(two, "n_channels", "channels of each stack", **count)
     add(two, "n_layers", "gated layers", **count)
@@ -250,11 +251,11 @@ def train_vq_vae(args, run_dir, settings, data, device):
 
 
 def reconstruction_loss(x, y, kind):
-    """x, y: (B, 1, H, W) -> scalar. `ssim` is 1 - SSIM(x, y), `l1_ssim` adds |x - y|."""
-    if kind == "mse":
-        return F.mse_loss(y, x)
-    loss = 1 - utils.ssim(x, y).mean() if "ssim" in kind else 0.0
-    return loss + F.l1_loss(y, x) if "l1" in kind else loss
+    """x, y: (B, 1, H, W) -> scalar, as --loss says it."""
+    if kind in ("mse", "l1"):
+        return {"mse": F.mse_loss, "l1": F.l1_loss}[kind](y, x)
+    loss = 1 - utils.ssim(x, y).mean()
+    return loss + L1_BESIDE_SSIM * F.l1_loss(y, x) if kind == "l1_ssim" else loss
 
 
 def check_size(name, size, downsample):

@@ -29,8 +29,8 @@ ROWS = {
     "demo, seed 2": ["--seed", "2"],
     "f=4": ["--downsample", "4"],
     "f=4, diversity 0.05": ["--downsample", "4", "--diversity", "0.05"],
-    "f=4, diversity 0.05, 4 blocks": [
-        "--downsample", "4", "--diversity", "0.05", "--n_residual_layers", "4",
+    "f=4, diversity 0.05, 4 blocks, SSIM": [
+        "--downsample", "4", "--diversity", "0.05", "--n_residual_layers", "4", "--loss", "ssim",
     ],
     "f=16": ["--downsample", "16"],
     "K=256": ["--n_embeddings", "256"],
@@ -39,7 +39,8 @@ ROWS = {
     "no revival": [],
     "no k-means, no revival": [],
     "no diversity term": ["--diversity", "0"],
-    "loss L1 + SSIM": ["--loss", "l1_ssim"],
+    "loss SSIM": ["--loss", "ssim"],
+    "loss SSIM + L1, weight 1": [],
     "loss L1": ["--loss", "l1"],
     "loss MSE": ["--loss", "mse"],
     "width 64": ["--n_hiddens", "64", "--n_residual_hiddens", "64"],
@@ -129,6 +130,8 @@ def apply(row):
     presets = harness.train.PRESETS["demo"]["vq_vae"]
     if row == "no k-means, no revival":
         presets["model"]["revive"] = False
+    elif row == "loss SSIM + L1, weight 1":
+        harness.train.L1_BESIDE_SSIM = 1.0
     elif row == "no revival":
         modules.VectorQuantizer.DEAD = 0.0
     elif row == "strided stem":
