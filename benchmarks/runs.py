@@ -1,11 +1,12 @@
 """What runs cost: time, memory, checkpoints, the start of a resumed run.
 
-    python benchmarks/runs.py               # 12,660 slices: about 10 minutes, 3 GB of disk
+    python benchmarks/runs.py               # sets of 1,266 and 12,660 slices: 3 GB of disk
     python benchmarks/runs.py --presets     # each preset on the phantom: about 5 minutes
 
 The first trains both stages of the preset `demo` until the first validation on slices in HipMRI's
 layout and number, and prints the share of that time which saving took, the seconds until the first
-update of a fresh and of a resumed run, and the peak resident memory. The second prints parameters,
+update of a fresh and of a resumed run, the seconds to read the files the first time, and the peak
+resident memory. The second prints parameters,
 seconds per update, memory, and seconds per sample, for each preset, and for two sizes of image.
 Each training is a fresh process. Writes benchmarks/results/runs.json, or presets.json.
 """
@@ -94,33 +95,36 @@ def presets():
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--n_slices", type=int, default=12660, help="of 256 x 128 (default: 12660)")
+    p.add_argument("--n_slices", type=int, nargs="+", default=[1266, 12660], help="of 256 x 128")
     p.add_argument("--presets", action="store_true", help="measure the presets on the phantom")
     args = p.parse_args()
     if args.presets:
         presets()
         return
     import data
+    import torch
 
     import train
     import utils
 
     rows = {}
-    with tempfile.TemporaryDirectory() as top:
-        folder, run = Path(top) / "slices", Path(top) / "run"
-        data.generate(folder, args.n_slices)
-        for stage in utils.STAGES:
-            interval = train.PRESETS["demo"][stage]["train"]["log_interval"]
-            argv = ["--mode", stage, "--run_dir", run]
-            argv += ["--data", folder, "--cache_dir", Path(top) / "cache"]
-            rows[stage] = in_fresh_process([*argv, "--n_updates", interval])
-            longer = [*argv, "--n_updates", interval + 1, "--log_interval", interval + 1]
-            again = in_fresh_process(longer)
-            fresh = in_fresh_process([*argv, "--n_updates", 1, "--fresh"])
-            for name, row in (("resumed_s", again), ("fresh_s", fresh)):
-                rows[stage][name] = row["first_update_s"]
-            print(f"{stage:10s} {rows[stage]}", flush=True)
-    result = {"n_slices": args.n_slices, "rows": rows, "versions": utils.versions()}
+    for n in args.n_slices:
+        rows[n] = {}
+        with tempfile.TemporaryDirectory() as top:
+            folder, run = Path(top) / "slices", Path(top) / "run"
+            data.generate(folder, n)
+            for stage in utils.STAGES:
+                interval = train.PRESETS["demo"][stage]["train"]["log_interval"]
+                argv = ["--mode", stage, "--run_dir", run]
+                argv += ["--data", folder, "--cache_dir", Path(top) / "cache"]
+                row = in_fresh_process([*argv, "--n_updates", interval])
+                longer = [*argv, "--n_updates", interval + 1, "--log_interval", interval + 1]
+                again = in_fresh_process(longer)
+                fresh = in_fresh_process([*argv, "--n_updates", 1, "--fresh"])
+                row |= {"resumed_s": again["first_update_s"], "fresh_s": fresh["first_update_s"]}
+                rows[n][stage] = row
+                print(f"{n:6d} slices, {stage:10s} {row}", flush=True)
+    result = {"rows": rows, "threads": torch.get_num_threads(), "versions": utils.versions()}
     utils.write_json(ROOT / "benchmarks" / "results" / "runs.json", result)
 
 

@@ -122,12 +122,14 @@ def quantizer():
 
 def runs():
     return table(
-        ["stage", "share of the training spent on saving", "first update, resumed (s)",
-         "first update, fresh (s)", "peak memory (GiB)"],
+        ["slices", "stage", "first update ever (s)", "of a fresh run after that (s)",
+         "of a resumed run (s)", "time spent on saving", "peak memory (GiB)"],
         [
-            [f"`{stage}`", f"{100 * row['saving_share']:.1f} %", f"{row['resumed_s']:.1f}",
-             f"{row['fresh_s']:.1f}", f"{row['peak_gib']:.1f}"]
-            for stage, row in results("runs")["rows"].items()
+            [n, f"`{stage}`", f"{row['first_update_s']:.1f}", f"{row['fresh_s']:.1f}",
+             f"{row['resumed_s']:.1f}", f"{100 * row['saving_share']:.1f} %",
+             f"{row['peak_gib']:.1f}"]
+            for n, stages in results("runs")["rows"].items()
+            for stage, row in stages.items()
         ],
     )  # fmt: skip
 

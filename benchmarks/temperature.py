@@ -6,7 +6,7 @@ Judges 64 samples per setting against the validation split, as predict.py does a
 split, beside real training slices and their reconstructions. The same random numbers serve every
 setting. Also measured is how much the halves of a slice differ along its first axis, which runs
 from left to right in the phantom and in HipMRI's slices. Writes benchmarks/results/temperature.json
-and figures/temperature.png.
+and figures/temperature.png, and the slices whose halves differ most as figures/halves.png.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from scipy.ndimage import gaussian_filter
 
 N, SHOWN = 64, 8
 SETTINGS = [(0.5, 0), (0.75, 0), (1, 0), (0.75, 0.5), (0.5, 1), (0.75, 1), (1, 1), (0.75, 2)]
-PICTURED = [(0.5, 0), (1, 0), (0.75, 0), (0.75, 0.5)]
+DEFAULT = (0.75, 0.5)
+PICTURED = [(0.5, 0), (1, 0), (0.75, 0), DEFAULT]
 
 
 def named(temperature, guidance):
@@ -78,18 +79,29 @@ def main():
         print(f"{name:16s} {rows[name]}", flush=True)
     harness.save("temperature", {"data": data.name, "n": N, "rows": rows})
 
-    shown = {named(*setting): sets[named(*setting)] for setting in PICTURED}
-    height = config["data"]["size"][0] / config["data"]["size"][1]
-    figure, axes = plt.subplots(
-        len(shown), SHOWN, figsize=(SHOWN, len(shown) * height + 0.4), layout="constrained"
-    )
-    for row, (name, images) in zip(axes, shown.items(), strict=True):
-        for axis, image in zip(row, images, strict=False):
+    name = harness.utils.data_name(config)
+    shown = {named(*setting): sets[named(*setting)][:SHOWN] for setting in PICTURED}
+    picture(shown, f"{name}: the same draws in several settings", "temperature")
+    shown = {"samples": least_even(sets[named(*DEFAULT)]), "real": least_even(train)}
+    picture(shown, f"{name}: of {N} each, those whose halves differ most", "halves")
+
+
+def least_even(images):
+    return images[np.argsort([-halves_differ(image) for image in images])[:SHOWN]]
+
+
+def picture(rows, title, name):
+    """figures/NAME.png: {name of a row: images (SHOWN, H, W)}."""
+    height = len(rows) * next(iter(rows.values())).shape[1] / next(iter(rows.values())).shape[2]
+    figure, axes = plt.subplots(len(rows), SHOWN, figsize=(SHOWN, height + 0.4),
+                                layout="constrained")  # fmt: skip
+    for row, (label, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(row, images, strict=True):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(name.replace(", ", "\n"), fontsize=8)
-    figure.suptitle(f"{harness.utils.data_name(config)}: the same draws in several settings")
-    figure.savefig(harness.ROOT / "figures" / "temperature.png", dpi=110)
+        row[0].set_ylabel(label.replace(", ", "\n"), fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(harness.ROOT / "figures" / f"{name}.png", dpi=110)
 
 
 if __name__ == "__main__":
