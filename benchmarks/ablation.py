@@ -33,6 +33,7 @@ ROWS = {
         "--downsample", "4", "--diversity", "0.05", "--n_residual_layers", "4", "--loss", "ssim",
     ],
     "f=16": ["--downsample", "16"],
+    "f=16, loss SSIM": ["--downsample", "16", "--loss", "ssim"],
     "K=256": ["--n_embeddings", "256"],
     "K=1024": ["--n_embeddings", "1024"],
     "codebook by loss": ["--codebook", "loss"],
@@ -40,7 +41,6 @@ ROWS = {
     "no k-means, no revival": [],
     "no diversity term": ["--diversity", "0"],
     "loss SSIM": ["--loss", "ssim"],
-    "loss SSIM + L1, weight 1": [],
     "loss L1": ["--loss", "l1"],
     "loss MSE": ["--loss", "mse"],
     "width 64": ["--n_hiddens", "64", "--n_residual_hiddens", "64"],
@@ -130,8 +130,6 @@ def apply(row):
     presets = harness.train.PRESETS["demo"]["vq_vae"]
     if row == "no k-means, no revival":
         presets["model"]["revive"] = False
-    elif row == "loss SSIM + L1, weight 1":
-        harness.train.L1_BESIDE_SSIM = 1.0
     elif row == "no revival":
         modules.VectorQuantizer.DEAD = 0.0
     elif row == "strided stem":
