@@ -59,6 +59,7 @@ SPLITS = ("train", "validate", "test")
 HELD_OUT = 0.15  # share of the patients for each split that the data does not bring
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the world axis that crosses each plane
 NIFTI, RASTER = (".nii", ".nii.gz"), (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+MOST_PIXELS = 1 << 26  # of a PNG, JPEG or TIFF: a small file may unfold to any number
 HELD_PIXELS = 1 << 24  # of one volume in memory at once: 64 MiB in each process
 ADNI_JSON = "meta_data_with_label.json"
 ADNI_CLASSES = {"AD", "NC", "CN", "MCI", "EMCI", "LMCI"}
@@ -660,6 +661,8 @@ def _unpacked(data, limit):
 def _read_raster(path):
     """(H, W) array of a PNG, JPEG or TIFF; 16 bits and floats are kept, colour becomes grey."""
     with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise _Unreadable(f"{image.width} x {image.height} pixels are too many for a slice")
         if getattr(image, "n_frames", 1) > 1:
             raise _Unreadable(f"{image.n_frames} pages in one file; save each as its own")
         deep = image.mode in ("I", "F") or image.mode.startswith("I;16")

@@ -71,10 +71,11 @@ def split_codes(run_dir, data, name, device):
     Read from RUN/codes where this VQ-VAE and these data made what is there; else made, and kept.
     """
     made_by = utils.file_hash(run_dir / "vq_vae" / "model.safetensors") + data.fingerprint
-    stored = stored_codes(run_dir, name)
-    if stored is not None and stored[0] == made_by:
-        return stored[1]
     model = utils.load_model(run_dir, "vq_vae", device)
+    shape = len(data[name]), *(n // model.config.downsample for n in data.size)
+    stored = stored_codes(run_dir, name, model.config.n_embeddings)
+    if stored is not None and stored[0] == made_by and stored[1].shape == shape:
+        return stored[1]
     codes = encode(model, data[name], device, f"encoding {name}")
     small = codes.astype(np.min_scalar_type(model.config.n_embeddings - 1))
     arrays = {"codes": small, "labels": data[name].labels, "positions": data[name].positions}
@@ -83,12 +84,16 @@ def split_codes(run_dir, data, name, device):
     return codes
 
 
-def stored_codes(run_dir, name):
+def stored_codes(run_dir, name, n_embeddings):
     """(What made them, codes (N, h, w) int64) from RUN/codes; None if not there, or damaged."""
     try:
         with np.load(run_dir / "codes" / f"{name}.npz") as stored:
-            return str(stored["made_by"]), stored["codes"].astype(np.int64)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            made_by, codes = str(stored["made_by"]), stored["codes"].astype(np.int64)
+        is_ours = codes.ndim == 3 and codes.size and 0 <= codes.min() <= codes.max() < n_embeddings
+        return (made_by, codes) if is_ours else None
+    except (
+        OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
+    ):  # fmt: skip
         return None
 
 

@@ -455,7 +455,7 @@ class GatedPixelCNN(nn.Module):
 
     @torch.no_grad()
     def start_from(self, codebook):
-        """Begin with embeddings, and weights that choose a code, that lie as the codebook does.
+        """Start embeddings and output weights as random projections of the codebook, plus noise.
 
         Codes of like patches are then alike from the first update on, instead of after each has
         been seen often enough.
@@ -491,7 +491,8 @@ class GatedPixelCNN(nn.Module):
         """(n,) labels and depths -> the atlas (n, C, h, w), and one (n, 2C, 1, 1) per layer."""
         any_of_n = torch.full((n,), -1, device=self.atlas.device)
         label, depth = (any_of_n if x is None else x for x in (label, depth))
-        if label.min() < -1 or label.max() >= self.config.n_classes or depth.max() > 1:
+        is_wrong = (depth > 1) | ((depth < 0) & (depth != -1))
+        if label.min() < -1 or label.max() >= self.config.n_classes or is_wrong.any():
             raise ValueError(f"labels are below {self.config.n_classes} and depths in [0, 1]")
         last = self.config.n_depths - 1
         places = torch.arange(last + 1, device=depth.device)
@@ -532,6 +533,10 @@ class GatedPixelCNN(nn.Module):
             raise ValueError(
                 f"no sampling with temperature {temperature}, top_k {top_k}, guidance {guidance}"
             )
+        if given is not None and given.max() >= self.config.n_embeddings:
+            raise ValueError(f"given codes must be below {self.config.n_embeddings}")
+        if label is None and depth is None:
+            guidance = 0.0  # there is nothing to exaggerate
         device = self.atlas.device
         label, depth = (
             None if x is None else torch.as_tensor(x, device=device).expand(n)

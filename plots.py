@@ -13,6 +13,8 @@ import numpy as np
 
 import utils
 
+plt.rcParams["text.parse_math"] = False  # a dollar in a file's name is one
+
 TITLES = {
     "ssim": "SSIM on validation",
     "psnr": "PSNR on validation (dB)",

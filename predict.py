@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -35,7 +36,7 @@ N_PACKED = 32  # slices packed by other codecs
 N_JUDGED = 512  # samples at most that are compared with real slices
 WRITTEN = ["metrics.json", "report.html", "per_slice.csv", "surprise/[0-9]*_*.nii.gz"]
 WRITTEN += [f"{name}.png" for name in plots.CAPTIONS]
-SAMPLES = ["samples/settings.json", "samples/sample_[0-9]*"]  # in this order
+SAMPLE = re.compile(r"sample_(\d{5,})\.(nii\.gz|png)")
 UNFINISHED = ".unfinished"  # folder for what a call has written until it is done
 PROTOCOL = {
     "images": "float32 in [0, 1]; reconstructions clipped to it",
@@ -198,7 +199,7 @@ def score(args, models, data, run_dir, config, device, out, result):
         train_codes = None
         if data.fingerprint == config["data"]["fingerprint"]:
             train_codes = metrics.split_codes(run_dir, data, "train", device)
-        elif stored := metrics.stored_codes(run_dir, "train"):
+        elif stored := metrics.stored_codes(run_dir, "train", prior.config.n_embeddings):
             train_codes = stored[1]
         if train_codes is not None:
             result["prior"]["bits_per_code_without_network"] = metrics.known_code_bits(
@@ -212,6 +213,18 @@ def score(args, models, data, run_dir, config, device, out, result):
 
 def remove(folder, patterns):
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        path.unlink()
+
+
+def samples_in(folder):
+    """{file of a sample: its number}; whatever else is in the folder is not ours."""
+    found = {path: SAMPLE.fullmatch(path.name) for path in sorted(folder.glob("sample_*"))}
+    return {path: int(match[1]) for path, match in found.items() if match}
+
+
+def remove_samples(folder):
+    (folder / "settings.json").unlink(missing_ok=True)  # first: what a kill leaves has no stamp
+    for path in samples_in(folder):
         path.unlink()
 
 
@@ -240,13 +253,13 @@ def publish(out, final, folder, n_samples):
             if path.relative_to(final) not in ours:
                 path.unlink()  # or it would pass for this call's
         if folder == out / "samples":
-            remove(final, SAMPLES)  # settings.json first, so that what a kill leaves has no stamp
-            for path in sorted(folder.glob("sample_[0-9]*")):
+            remove_samples(final / "samples")
+            for path in samples_in(folder):
                 move(path)
             move(folder / "settings.json")
         if folder is not None:
-            for path in (final / "samples").glob("sample_[0-9]*"):
-                if int(path.name[7:].split(".")[0]) >= n_samples:
+            for path, i in samples_in(final / "samples").items():
+                if i >= n_samples:
                     path.unlink()
             shutil.rmtree(out)
         elif not (out / "samples").exists():  # else of a call that may yet go on
@@ -494,7 +507,7 @@ def draw_samples(args, models, label, data, run_dir, device, out, config):
     folder = out.parent / "samples"
     folder = folder if is_alike(folder) else out / "samples"
     if utils.processes()[0] == 0 and not is_alike(folder):
-        remove(out, SAMPLES)
+        remove_samples(folder)
         utils.write_json(folder / "settings.json", stamp)
     utils.wait_for_all()
     depths = data["train"].positions
@@ -659,6 +672,8 @@ def summarise(result, out, data, split):
             )
             line = f"best match in {split} {match['samples']:.3f} (real slices {match['real']:.3f})"
             line += f"; {len(near['copies'])} copies of training slices"
+            if near["looked_up"] < s["n"]:
+                line += f" among the first {near['looked_up']}"
             if told:
                 share = 100 * told["samples"]
                 line += f"; told from real ones {share:.0f} % of the time (50 is chance)"

@@ -80,9 +80,8 @@ PRESETS = {
         ),
     },
 }
-L1_BESIDE_SSIM = 0.25  # SSIM alone lets the grey levels drift, a weight of 1 costs SSIM
 HIDDEN = 0.05  # chance each that label, depth, or both are hidden: one prior also learns "any"
-MAY_CHANGE = {"n_updates", "log_interval", "patience"}  # when a run is continued
+MAY_CHANGE = {"n_updates", "log_interval", "patience", "learning_rate"}  # in a run that goes on
 
 
 # ------------------------------------------------------------------------------------------------
@@ -140,7 +139,7 @@ def parser():
     add(one, "codebook", text, choices=["ema", "loss"])
     add(one, "diversity", "weight of the term that asks for all codes to be used alike", **real)
     add(one, "downsample", "f, pixels per code and axis", type=int, choices=[4, 8, 16])
-    text = f"1 - SSIM + {L1_BESIDE_SSIM:g} |x - y|, 1 - SSIM, |x - y|, or its square"
+    text = "1 - SSIM + |x - y|, 1 - SSIM, |x - y|, or its square"
     add(one, "loss", text, choices=["l1_ssim", "ssim", "l1", "mse"])
     two = p.add_argument_group("stage 2, the gated PixelCNN")
     add(two, "n_channels", "channels of each stack", **count)
@@ -181,6 +180,8 @@ def main():
     if args.mode == "pixelcnn" and is_needed:
         first = utils.load_config(run_dir, "vq_vae")
     args.preset = args.preset or (first["preset"] if first else "demo")
+    if args.preset not in PRESETS:
+        raise UserError(f"{run_dir}: of an unknown preset, {args.preset}; name one with --preset")
     settings = resolve(args)
     arguments = utils.data_arguments(args, dataset.load, first and first["data"]["arguments"])
     if args.dry_run:
@@ -255,7 +256,7 @@ def reconstruction_loss(x, y, kind):
     if kind in ("mse", "l1"):
         return {"mse": F.mse_loss, "l1": F.l1_loss}[kind](y, x)
     loss = 1 - utils.ssim(x, y).mean()
-    return loss + L1_BESIDE_SSIM * F.l1_loss(y, x) if kind == "l1_ssim" else loss
+    return loss + F.l1_loss(y, x) if kind == "l1_ssim" else loss
 
 
 def check_size(name, size, downsample):
@@ -358,6 +359,7 @@ def make_config(args, settings, model_config, data):
         "preset": args.preset,
         "model": utils.architecture(model_config),
         "train": settings["train"],
+        "processes": utils.processes()[1],
         "precision": args.precision,
         "data": {
             "name": data.name,
@@ -396,12 +398,11 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
         model.parameters(), options["learning_rate"], betas, weight_decay=0.0, fused=True
     )
     averaged = copy.deepcopy(model) if options["average"] else model
-    state = {"update": 0, "best": None, "best_update": 0, "skipped": 0}
-    rank, n_processes = utils.processes()
-    if args.fresh and rank == 0 and directory.exists():
-        shutil.rmtree(directory)
+    # drawn: slices so far; skipped: updates without a finite gradient; in_a_row: the last of them
+    state = {"update": 0, "drawn": 0, "best": None, "best_update": 0, "skipped": 0, "in_a_row": 0}
+    batch_size = utils.processes()[1] * options["batch_size"]
+    save(clear, directory, args.fresh)
     utils.wait_for_all()
-    batch_size = n_processes * options["batch_size"]
     running = []  # losses since the last validation
     log = resume(directory, config, model, averaged, optimizer, state, running)
     if is_done(log, state, options):
@@ -416,9 +417,33 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     if state["update"] == 0:
         save(save_checkpoint, *everything)
     shown = {}
-    diverged = f"{directory}: {{}} at update {{}}; what was saved is good; lower --learning_rate"
-    stopped = f"{directory}: saved at update {{}}; the same command goes on from there"
-    skipped = 0  # updates in a row without a finite gradient
+    diverged = (
+        f"{directory}: {{}} at update {{}}; what was saved is good, and the same command goes on "
+        "from it; give it a lower --learning_rate"
+    )
+
+    def validate():
+        averaged.eval()
+        figures = score(averaged)
+        if not math.isfinite(figures[key]):
+            raise UserError(diverged.format(f"{key} is {figures[key]}", state["update"]))
+        mean = {name: float(np.mean([r[name] for r in running])) for name in running[0]}
+        running.clear()
+        entry = {"update": state["update"], "data": utils.data_name(config)}
+        log.append(entry | {"skipped": state["skipped"], "train": mean, "validate": figures})
+        for name in ("ssim", "used", "bits_per_code"):
+            if name in figures:
+                shown[f"val {name}"] = f"{figures[name]:.4g}"
+        if state["best"] is None or beats(figures[key], state["best"]):
+            state["best"], state["best_update"] = figures[key], state["update"]
+            save(utils.save_model, averaged, directory / "model.safetensors")
+        if "used" in figures and is_collapsing(**figures):
+            bar.write(
+                f"warning: the codebook collapses: after {state['update']} updates "
+                f"{figures['used']} of {figures['size']} codes are in use, perplexity "
+                f"{figures['perplexity']:.1f}"
+            )
+
     total = {"total": options["n_updates"], "initial": state["update"], "unit": "update"}
     with tqdm(**total, desc=args.mode) as bar, utils.noted_signals() as signals:
         while not is_done(log, state, options):
@@ -427,62 +452,59 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(update, options)
             model.train()
-            losses = loss_of(batch_indices(n_train, batch_size, update, options["seed"]))
+            losses = loss_of(batch_indices(n_train, batch_size, state["drawn"], options["seed"]))
             loss = sum(losses.values())
             optimizer.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options["clip"] or math.inf)
             is_finite = bool(torch.isfinite(norm))
             *values, told = utils.mean_of_all([v.item() for v in losses.values()] + [len(signals)])
-            skipped = 0 if is_finite else skipped + 1
+            state["in_a_row"] = 0 if is_finite else state["in_a_row"] + 1
             state["skipped"] += not is_finite
-            if skipped == 10:
+            if state["in_a_row"] == 10:
                 raise UserError(diverged.format("10 updates without a finite gradient", update))
             if is_finite:
                 optimizer.step()
                 running.append(dict(zip(losses, values, strict=True)))
             if averaged is not model:
                 average(averaged, model, min(options["average"], (update + 1) / (update + 10)))
-            state["update"] = update = update + 1
+            state["update"] += 1
+            state["drawn"] += batch_size
             bar.update()
             rate = bar.format_dict["rate"]
             if rate:
                 shown["img/s"] = f"{rate * batch_size:.0f}"
+            is_last = state["update"] == options["n_updates"]
+            is_due = running and (is_last or state["update"] % options["log_interval"] == 0)
+            if is_due:
+                validate()
             bar.set_postfix(loss=f"{sum(values):.3f}", **shown)
-            is_due = update % options["log_interval"] == 0 or update == options["n_updates"]
-            if not (is_due and running):
-                if told:
-                    save(save_checkpoint, *everything)
-                    raise utils.Stopped((signals or [SIGTERM])[0], stopped.format(update))
-                continue
-
-            averaged.eval()
-            figures = score(averaged)
-            if not math.isfinite(figures[key]):
-                raise UserError(diverged.format(f"{key} is {figures[key]}", update))
-            mean = {name: float(np.mean([r[name] for r in running])) for name in running[0]}
-            running.clear()
-            entry = {"update": update, "data": utils.data_name(config), "skipped": state["skipped"]}
-            log.append(entry | {"train": mean, "validate": figures})
-            for name in ("ssim", "used", "bits_per_code"):
-                if name in figures:
-                    shown[f"val {name}"] = f"{figures[name]:.4g}"
-            if state["best"] is None or beats(figures[key], state["best"]):
-                state["best"], state["best_update"] = figures[key], update
-                save(utils.save_model, averaged, directory / "model.safetensors")
-            save(save_checkpoint, *everything)
-            if "used" in figures and is_collapsing(**figures):
-                bar.write(
-                    f"warning: the codebook collapses: after {update} updates {figures['used']} of "
-                    f"{figures['size']} codes are in use, perplexity {figures['perplexity']:.1f}"
-                )
+            if is_due or is_last or told:
+                save(save_checkpoint, *everything)
             if told and not is_done(log, state, options):
-                raise utils.Stopped((signals or [SIGTERM])[0], stopped.format(update))
+                text = f"{directory}: saved at update {state['update']}; the same command goes on"
+                raise utils.Stopped((signals or [SIGTERM])[0], f"{text} from there")
     if state["best"] is None:
         raise UserError(diverged.format("no finite gradient", state["update"]))
     best_so_far = f"{state['best']:.4f} at update {state['best_update']}"
     lost = f"; {state['skipped']} updates without a finite gradient" if state["skipped"] else ""
     print(f"{directory}: best validation {key} {best_so_far}{lost}")
+
+
+def clear(directory, is_fresh):
+    """Remove what a killed process left half written and, if the run starts over, all the rest."""
+    try:
+        old = directory.with_name(f".{directory.name}.old")
+        if is_fresh and directory.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            directory.rename(old)  # at once, so that a kill leaves a run or none
+        if old.exists():
+            shutil.rmtree(old)
+        for path in directory.glob(".*.tmp"):
+            path.unlink()
+    except OSError as error:
+        message = f"{error.filename or directory}: cannot be deleted ({error.strerror})"
+        raise UserError(message) from error
 
 
 def save(write, *args):
@@ -511,9 +533,9 @@ def learning_rate(update, options):
     return options["learning_rate"] * min(1, (update + 1) / max(1, options["warm_up"])) * decay
 
 
-def batch_indices(n, batch_size, update, seed):
-    """(B,) indices into n slices: the update-th batch of an endless row of shuffled epochs."""
-    places = np.arange(update * batch_size, (update + 1) * batch_size)
+def batch_indices(n, batch_size, drawn, seed):
+    """(B,) indices into n slices: the next of an endless row of shuffled epochs, after `drawn`."""
+    places = np.arange(drawn, drawn + batch_size)
     return np.array([_shuffled(n, place // n, seed)[place % n] for place in places])
 
 
@@ -572,9 +594,12 @@ def resume(directory, config, model, averaged, optimizer, state, running):
             f"{directory}: holds a run in {stored['precision']}; continue it with --precision "
             f"{stored['precision']}, or start over with --fresh"
         )
+    now, before = config["processes"], stored.get("processes", 1)
+    batch_sizes = [c["train"]["batch_size"] for c in (config, stored)]
+    may_change = MAY_CHANGE | ({"batch_size"} if now != before else set())
     for part in ("model", "train", "data"):
         for name in config[part]:
-            if name in MAY_CHANGE or (part == "data" and name != "fingerprint"):
+            if name in may_change or (part == "data" and name != "fingerprint"):
                 continue
             old, new = stored[part].get(name), config[part][name]
             if old != new:
@@ -589,20 +614,60 @@ def resume(directory, config, model, averaged, optimizer, state, running):
             f"{directory}: this prior was trained on the codes of another VQ-VAE than the one now "
             f"in {directory.parent}; start it over with --fresh"
         )
+    rates = [c["train"]["learning_rate"] for c in (config, stored)]
+    if rates[0] != rates[1]:
+        print(f"note: goes on with a learning rate of {rates[0]:g}, after {rates[1]:g}")
+    if now * batch_sizes[0] != before * batch_sizes[1]:
+        print(
+            f"note: an update is of {now} x {batch_sizes[0]} slices from here on, after {before} x "
+            f"{batch_sizes[1]}; --batch_size is what each process takes"
+        )
+    own = [group.copy() for group in optimizer.param_groups]
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["format_version"] != utils.FORMAT_VERSION:
+            raise ValueError(f"format version {checkpoint['format_version']}")
+        check_history(checkpoint)
         model.load_state_dict(checkpoint["model"])
         if averaged is not model:
             averaged.load_state_dict(checkpoint["averaged"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["format_version"] != utils.FORMAT_VERSION:
-            raise ValueError(f"format version {checkpoint['format_version']}")
+        for group, of_group in zip(optimizer.param_groups, own, strict=True):
+            group |= {name: of_group[name] for name in of_group if name != "params"}
+        for parameter, moments in optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != parameter.shape:
+                    raise ValueError("moments of other weights")
+        state["drawn"] = checkpoint["state"]["update"] * before * batch_sizes[1]  # as it once was
         state |= checkpoint["state"]
         running += checkpoint.get("running", [])
         return checkpoint["log"]
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: damaged ({reason}); start over with --fresh") from error
+
+
+def check_history(checkpoint):
+    """Raise ValueError unless a checkpoint, perhaps a stranger's, tells of a run as ours do."""
+
+    def are_numbers(values):
+        return isinstance(values, dict) and all(
+            isinstance(k, str) and isinstance(v, int | float) for k, v in values.items()
+        )
+
+    state, log, running = checkpoint["state"], checkpoint["log"], checkpoint.get("running", [])
+    counts = [value for name, value in state.items() if name != "best"]
+    is_ours = (
+        all(type(n) is int and 0 <= n < 1 << 48 for n in counts)
+        and {"update", "best_update"} <= state.keys()
+        and (isinstance(state["best"], float) if log else state["best"] is None)
+        and all(are_numbers(losses) for losses in running)
+        and all(type(entry["update"]) is int for entry in log)
+        and all(are_numbers(e[part]) and e[part] for e in log for part in ("train", "validate"))
+        and len({(tuple(e["train"]), tuple(e["validate"])) for e in log}) <= 1
+    )
+    if not is_ours:
+        raise ValueError("not the history of a run")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def run_main(main):
         )
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; training goes on from what it saved last if run again", file=sys.stderr)
+        print("\nstopped; the same command goes on from what was saved", file=sys.stderr)
         sys.exit(130)
 
 
@@ -107,7 +107,7 @@ def only_one(path):
         return
     make_folder(path.parent)
     try:
-        file = open(path, "a+")  # noqa: SIM115, closed below
+        file = open(path, "ab+", buffering=0)  # noqa: SIM115, closed below
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     with file:
@@ -116,12 +116,12 @@ def only_one(path):
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"{path.parent}: process {file.read().strip()} is at work here; wait for it, or "
-                f"choose another folder"
+                f"{path.parent}: process {file.read().decode().strip()} is at work here; wait for "
+                f"it, or choose another folder"
             ) from None
         file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk is no reason not to say so properly later
+            file.write(str(os.getpid()).encode())
         try:
             yield
         finally:
@@ -349,6 +349,8 @@ def write_atomically(path, write):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # or a power cut may leave the new name without its content
         os.replace(temporary, path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({error}); is the disk full?") from error
@@ -434,7 +436,11 @@ def _is_ours(config):
         and isinstance(data.get("arguments"), dict)
         and all(isinstance(x, kinds.get(key, ())) for key, x in data["arguments"].items())
         and all(isinstance(n, int) for n in data["arguments"].get("image_size", []))
+        and len(data["arguments"].get("image_size", size)) == 2
         and isinstance(config.get("train"), dict)
+        and isinstance(config["train"].get("batch_size"), int)
+        and isinstance(config["train"].get("learning_rate"), int | float)
+        and isinstance(config.get("processes", 1), int)
         and isinstance(config.get("preset"), str)
         and isinstance(config.get("precision"), str)
         and (config.get("stage") == "vq_vae" or isinstance(config.get("vq_vae"), str))

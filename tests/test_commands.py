@@ -139,7 +139,7 @@ def test_a_damaged_cache_of_codes_is_made_again(run_dir, tmp_path):
     shutil.copytree(run_dir, copy)
     (copy / "codes" / "train.npz").write_bytes(b"PK damaged")
     call(f"predict.py --run_dir {copy} --n_samples 0")
-    old, new = (metrics.stored_codes(path, "train") for path in (run_dir, copy))
+    old, new = (metrics.stored_codes(path, "train", 16) for path in (run_dir, copy))
     assert old[0] == new[0]
     assert np.array_equal(old[1], new[1])
 
@@ -188,12 +188,12 @@ def test_a_slice_of_ones_own_is_reconstructed_and_scored(run_dir, data, tmp_path
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     Image.fromarray((x * 255).astype(np.uint8)).resize((256, 512)).save(pictures / "large.png")
-    Image.fromarray((x * 255).astype(np.uint8)).crop((9, 9, 60, 80)).save(pictures / "small.png")
+    Image.fromarray((x * 255).astype(np.uint8)).crop((9, 9, 60, 80)).save(pictures / "a$\\b$.png")
     out, _ = call(f"predict.py --run_dir {run_dir} --input {pictures} --out {tmp_path / 'two'}")
     assert "2 slices of 2 patients" in out
     assert "PATIENTS CANNOT BE TOLD APART" in out
     rows = list(csv.DictReader((tmp_path / "two" / "per_slice.csv").open()))
-    assert [row["file"] for row in rows] == ["large.png", "small.png"]
+    assert [row["file"] for row in rows] == ["a$\\b$.png", "large.png"]
     (pictures / "broken.png").write_bytes(b"no picture")
     mistake(f"predict.py --run_dir {run_dir} --input {pictures}", "broken.png")
     mistake(f"predict.py --run_dir {run_dir} --input {tmp_path / 'none'}", "none", "--input")
@@ -369,7 +369,8 @@ def test_an_interrupted_call_costs_nothing(run_dir, tmp_path, monkeypatch):
         return contents(tmp_path / "samples"), settings["seed"]
 
     (tmp_path / "samples").mkdir()
-    (tmp_path / "samples" / "sample_of_mine.png").write_bytes(b"mine")
+    for name in ("sample_of_mine.png", "sample_00001_seg.nii.gz"):
+        (tmp_path / "samples" / name).write_bytes(b"mine")
     before = predict_with("6")
     assert predict_with("4 --seed 1", dies=True) == before
     assert predict_with("2", dies=True) == before
@@ -377,10 +378,10 @@ def test_an_interrupted_call_costs_nothing(run_dir, tmp_path, monkeypatch):
     assert predict_with("6") == before
     assert not (tmp_path / ".unfinished").exists()
     fewer, seed = predict_with("2")
-    assert len(fewer) == 2 * 2 + 2
+    assert len(fewer) == 2 * 2 + 3  # settings.json and the user's own
     assert seed == 0
     other, seed = predict_with("2 --seed 1")
-    assert len(other) == 2 * 2 + 2
+    assert len(other) == 2 * 2 + 3
     assert seed == 1
     name = tmp_path / "samples" / "sample_00001.png"
     assert other[name] != fewer[name]
@@ -392,6 +393,7 @@ def test_an_interrupted_call_costs_nothing(run_dir, tmp_path, monkeypatch):
         ("vq_vae", "data", "arguments", {"foo": 1}),
         ("vq_vae", "data", "arguments", {"data": 5}),
         ("vq_vae", "data", "arguments", {"workers": -1}),
+        ("vq_vae", "data", "arguments", {"image_size": [8]}),
         ("vq_vae", "data", "size", [8, 8]),
         ("vq_vae", "data", "size", [250, 128]),
         ("vq_vae", "data", "classes", ["a"]),
@@ -550,29 +552,61 @@ def test_a_training_that_diverges_stops_and_keeps_what_was_good(run_dir, data, t
     shutil.copytree(run_dir, run)
     command = f"train.py --mode vq_vae --data {data} --run_dir {run} {SMALL_VQ_VAE}"
     weights = (run / "vq_vae" / "model.safetensors").read_bytes()
-    config = run / "vq_vae" / "config.json"
-    config.write_text(config.read_text().replace('rate": 0.004', 'rate": 1e30'))
     checkpoint = (run / "vq_vae" / "checkpoint.pt").read_bytes()
     mistake(f"{command} --n_updates 60 --learning_rate 1e30", "lower --learning_rate")
     assert (run / "vq_vae" / "checkpoint.pt").read_bytes() == checkpoint
     assert (run / "vq_vae" / "model.safetensors").read_bytes() == weights
+    out, _ = call(f"{command} --n_updates 9 --learning_rate 1e-3")
+    assert "learning rate of 0.001, after 1e+30" in out
+    log = [json.loads(line) for line in (run / "vq_vae" / "log.jsonl").open()]
+    assert [entry["update"] for entry in log] == [3, 6, 9]
 
 
-def test_one_update_without_a_finite_gradient_is_skipped_and_counted(data, tmp_path, monkeypatch):
-    calls, original = [], train.reconstruction_loss
+@pytest.fixture
+def train_without(data, tmp_path, monkeypatch):
+    """Train stage 1 in this process, without a finite gradient in some updates; returns the log."""
+    original = train.reconstruction_loss
 
-    def third_is_not_finite(x, y, kind):
-        calls.append(original(x, y, kind))
-        return calls[-1] * (torch.nan if len(calls) == 3 else 1)
+    def run(bad_updates, flags=""):
+        path = tmp_path / "vq_vae" / "checkpoint.pt"
+        done = torch.load(path)["state"]["update"] if path.exists() else 0
+        calls = iter(range(done, 10**6))
+        monkeypatch.setattr(
+            train, "reconstruction_loss",
+            lambda *args: original(*args) * (torch.nan if next(calls) in bad_updates else 1),
+        )  # fmt: skip
+        words = f"train.py --mode vq_vae --data {data} --run_dir {tmp_path} {SMALL_VQ_VAE} {flags}"
+        monkeypatch.setattr("sys.argv", words.split())
+        train.main()
+        return [json.loads(line) for line in (tmp_path / "vq_vae" / "log.jsonl").open()]
 
-    monkeypatch.setattr(train, "reconstruction_loss", third_is_not_finite)
-    words = f"train.py --mode vq_vae --data {data} --run_dir {tmp_path} {SMALL_VQ_VAE}"
-    monkeypatch.setattr("sys.argv", words.split())
-    train.main()
-    entries = [json.loads(line) for line in (tmp_path / "vq_vae" / "log.jsonl").open()]
-    assert [entry["skipped"] for entry in entries] == [1, 1]
+    return run
+
+
+def test_one_update_without_a_finite_gradient_is_skipped_and_counted(train_without, tmp_path):
+    assert [entry["skipped"] for entry in train_without({2})] == [1, 1]
     for value in utils.load_model(tmp_path, "vq_vae").state_dict().values():
         assert value.isfinite().all()
+
+
+def test_the_last_update_without_a_finite_gradient(train_without, capsys):
+    log = train_without({5}, "--log_interval 1")
+    assert [entry["update"] for entry in log] == [1, 2, 3, 4, 5]
+    assert "1 updates without a finite gradient" in capsys.readouterr().out
+    train_without({}, "--log_interval 1")
+    assert "is finished: 6 updates" in capsys.readouterr().out
+
+
+def test_updates_without_a_finite_gradient_in_a_row_are_counted_over_a_stop(
+    train_without, tmp_path
+):
+    with pytest.raises(utils.UserError, match="10 updates without a finite gradient at update 10"):
+        train_without(range(1, 99), "--n_updates 60 --log_interval 60")
+    state = torch.load(tmp_path / "vq_vae" / "checkpoint.pt")["state"]
+    assert state["update"] == 0
+    train_without(range(1, 6), "--n_updates 6 --log_interval 6")  # ends with five of them
+    with pytest.raises(utils.UserError, match="10 updates without a finite gradient at update 10"):
+        train_without(range(6, 99), "--n_updates 60 --log_interval 60")
 
 
 def test_compile_without_a_compiler(data, tmp_path, monkeypatch):

@@ -809,12 +809,15 @@ def test_a_bad_nifti_is_named_with_its_reason(tmp_path, load, content, reason):
 @pytest.mark.parametrize(("name", "content", "reason"), [
     ("s9_0.png", b"", "empty, 0 bytes"), ("s9_0.png", b"text", "not an image"),
     ("s9_0.jpg", None, "truncated"), ("s9_0.tif", "pages", "2 pages"),
+    ("s9_0.png", "bomb", "9000 x 9000 pixels are too many"),
 ])  # fmt: skip
 def test_a_bad_raster_is_named_with_its_reason(tmp_path, load, name, content, reason):
     root = folder(tmp_path / "set", [f"s{i}_0.png" for i in range(5)])
     path, image = root / name, Image.fromarray(pixels(9, (60, 60)).astype(np.uint8))
     if content == "pages":
         image.save(path, save_all=True, append_images=[image])
+    elif content == "bomb":
+        Image.new("1", (9000, 9000)).save(path)
     elif content is None:
         image.save(path)
         path.write_bytes(path.read_bytes()[:-300])

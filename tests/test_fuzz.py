@@ -7,9 +7,11 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 import dataset
 import predict
+import train
 import utils
 
 N = int(os.environ.get("FUZZ", 1000))  # cases of each kind
@@ -94,6 +96,36 @@ def test_strange_entries_of_a_config(stages, stage):
     path.write_text(json.dumps(whole))
 
 
+def test_strange_entries_of_a_checkpoint(stages):
+    """History, optimizer's state, weights: refused, or training can go on from them."""
+    directory, rng = stages / "pixelcnn", np.random.default_rng(0)
+    whole = torch.load(directory / "checkpoint.pt", weights_only=True)
+    config = utils.read_config(directory)
+    before = (directory / "checkpoint.pt").read_bytes()
+    refused = 0
+    for _ in range(N):
+        torch.save(strange(whole, rng), directory / "checkpoint.pt")
+        model, averaged = (utils.load_model(stages, "pixelcnn").train() for _ in range(2))
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+        state, running = {"in_a_row": 0}, []
+        try:
+            log = train.resume(directory, config, model, averaged, optimizer, state, running)
+        except utils.UserError as error:
+            refused += 1
+            assert "damaged" in str(error)  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+            continue
+        model(torch.zeros(1, *model.config.size, dtype=torch.long)).sum().backward()
+        optimizer.step()
+        train.is_done(log, state, config["train"] | {"patience": 1})
+        assert all(np.isreal(losses["bits_per_code"]) for losses in running)
+        train.learning_rate(state["update"], config["train"])
+        train.batch_indices(10, 2, state["drawn"], 0)
+        train.save_checkpoint(directory, config, log, model, averaged, optimizer, state, running)
+    assert N / 2 < refused < N
+    (directory / "checkpoint.pt").write_bytes(before)
+
+
 @pytest.mark.parametrize("kind", ["slice.nii.gz", "slice.nii", "slice.png", "slice.jpg"])
 def test_damaged_images(tmp_path, kind, data):
     import gzip
@@ -129,5 +161,6 @@ def test_damaged_codes_are_no_codes(stages):
     whole = path.read_bytes()
     for _ in range(N):
         path.write_bytes(damaged(whole, rng))
-        metrics.stored_codes(stages, "train")
+        found = metrics.stored_codes(stages, "train", 16)
+        assert found is None or found[1].max() < 16
     path.write_bytes(whole)

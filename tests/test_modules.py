@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import modules
+import utils
 from modules import VQVAE, GatedPixelCNN, PixelCNNConfig, VectorQuantizer, VQVAEConfig
 
 
@@ -234,7 +235,7 @@ def prior(k=7, size=(5, 9), n_classes=0, **options):
 
 
 def within_reach(i, j, a, b, n_layers, r):
-    """Whether position (i, j) can see (a, b): the vertical stack widens by r columns a row step."""
+    """Whether position (i, j) can see (a, b): the vertical stack widens by r columns a layer."""
     if a == i:
         return b < j and j - b <= 1 + n_layers * r
     up = i - a
@@ -269,7 +270,7 @@ def test_cached_logits_equal_the_full_pass(size, kernel_size):
     label, depth = torch.tensor([0, 2, -1, 1]), torch.tensor([0.3, -1, 1, 0])
     full = model(codes, label, depth)
     for i, j, logits in model.logits_in_order(codes, label, depth):
-        torch.testing.assert_close(logits, full[:, :, i, j], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, full[:, :, i, j], rtol=0, atol=1e-4)
 
 
 def test_probabilities_of_all_grids_sum_to_one():
@@ -279,17 +280,46 @@ def test_probabilities_of_all_grids_sum_to_one():
     assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-9)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"top_k": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.6},
+        {"top_k": 2},
+        {"label": 1, "depth": 0.3},
+        {"label": 1, "depth": 0.3, "guidance": 1.5},
+        {"given": 1},
+        {"each its own generator": True},
+    ],
+    ids=str,
+)
 def test_sampled_frequencies_match_the_exact_distribution(options):
+    options, n = options.copy(), 20000
     k = 2 if "top_k" not in options else 3
-    model = prior(k=k, size=(2, 3))
+    model = prior(k=k, size=(2, 3), n_classes=2)
     grids = torch.tensor(list(itertools.product(range(k), repeat=6))).view(-1, 2, 3)
-    logits = model(grids) / options.get("temperature", 1)
+    known = [
+        torch.full((len(grids),), options[name]) if name in options else None
+        for name in ("label", "depth")
+    ]
+    logits = model(grids, *known)
+    if w := options.get("guidance"):
+        told, untold = logits.log_softmax(1), model(grids).log_softmax(1)
+        logits = (1 + w) * told - w * untold
+    logits = logits / options.get("temperature", 1)
     if "top_k" in options:
         logits = logits.masked_fill(logits < logits.topk(2, 1).values[:, -1:], -torch.inf)
-    p = (-F.cross_entropy(logits, grids, reduction="none").sum((1, 2))).exp().double()
-    n = 20000
-    drawn = model.sample(n, generator=torch.Generator().manual_seed(0), **options)
+    log_p = -F.cross_entropy(logits, grids, reduction="none")  # of each code
+    generator = torch.Generator().manual_seed(0)
+    if options.pop("each its own generator", False):
+        generator = [utils.generator(0, i) for i in range(n)]
+    if "given" in options:  # a code in the middle, that no code before it depends on
+        wrong = grids[:, 0, 2] != options["given"]
+        log_p[:, 0, 2] = torch.where(wrong, -torch.inf, 0.0)
+        options["given"] = torch.full((n, 2, 3), -1)
+        options["given"][:, 0, 2] = 1
+    p = log_p.sum((1, 2)).exp().double()
+    drawn = model.sample(n, generator=generator, **options)
     places = (drawn.flatten(1) * k ** torch.arange(5, -1, -1)).sum(1)
     observed = torch.bincount(places, minlength=len(grids)).double()
     assert observed[p == 0].sum() == 0
@@ -316,13 +346,19 @@ def test_a_grid_with_a_generator_of_its_own_does_not_depend_on_the_batch():
     assert torch.equal(together[2], alone[0])
 
 
-def test_given_codes_are_kept_and_seen():
-    model = prior(k=5)
-    given = torch.full((3, 5, 9), -1)
-    given[:, :2] = torch.randint(5, (3, 2, 9))
-    drawn = model.sample(3, given=given, temperature=0)
-    assert torch.equal(drawn[:, :2], given[:, :2])
-    assert torch.equal(model(drawn).argmax(1)[:, 2:], drawn[:, 2:])
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_given_codes_are_kept_and_seen(guidance):
+    """Whether the hidden ones come last or lie in the middle."""
+    model, label, depth = prior(k=5, n_classes=3), torch.tensor([0, 1, 2]), torch.rand(3)
+    for hidden in (np.s_[:, 2:], np.s_[:, 1:3, 2:6]):
+        given = torch.randint(5, (3, 5, 9))
+        given[hidden] = -1
+        drawn = model.sample(
+            3, label=label, depth=depth, given=given, temperature=0, guidance=guidance
+        )
+        told, untold = model(drawn, label, depth).log_softmax(1), model(drawn).log_softmax(1)
+        best = ((1 + guidance) * told - guidance * untold).argmax(1)
+        assert torch.equal(drawn, torch.where(given < 0, best, given))
 
 
 def test_the_order_of_the_codes_is_only_a_matter_of_names_to_the_prior():
@@ -352,9 +388,10 @@ def test_guidance_exaggerates_what_label_and_depth_change():
 
 def test_what_cannot_be_drawn_is_refused():
     model = prior(n_classes=2)
-    for wrong in ({"label": 2}, {"label": -2}, {"depth": 1.5}, {"temperature": -1}, {"top_k": 0},
-                  {"guidance": -1}):  # fmt: skip
-        with pytest.raises(ValueError, match="temperature|labels"):
+    too_high = torch.full((1, 5, 9), 7)
+    for wrong in ({"label": 2}, {"label": -2}, {"depth": 1.5}, {"depth": -0.5}, {"top_k": 0},
+                  {"temperature": -1}, {"guidance": -1}, {"given": too_high}):  # fmt: skip
+        with pytest.raises(ValueError, match="temperature|labels|given"):
             model.sample(1, **wrong)
 
 
