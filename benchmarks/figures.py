@@ -5,7 +5,7 @@
 figures/overview.png shows test slices, their codes and reconstructions, and samples,
 figures/architecture.png the layers of a run's networks with the shapes that pass through them,
 figures/receptive_field.png which codes a logit of its prior depends on. The rest are what
-predict.py drew.
+predict.py drew. Also writes benchmarks/results/demo.json, the numbers of that run's metrics.json.
 """
 
 import argparse
@@ -24,11 +24,12 @@ import dataset  # noqa: E402
 import plots  # noqa: E402
 import utils  # noqa: E402
 
-COPIED = ["samples", "codes", "completions", "reconstructions"]
+COPIED = ["samples", "completions", "reconstructions"]
+KEPT = ["reconstruction", "codebook", "rate", "prior", "samples", "protocol", "seed", "versions"]
 
 
 @torch.no_grad()
-def overview(vq_vae, data, run_dir, path, n=4):
+def overview(vq_vae, data, run_dir, path, n=2):
     x = data["test"].batch(plots.picks(len(data["test"]), n))
     codes = vq_vae.encode(x)
     colours = plots.code_colours(vq_vae.quantizer.codebook.numpy())
@@ -40,14 +41,14 @@ def overview(vq_vae, data, run_dir, path, n=4):
         ("reconstructed from the codes", vq_vae.decode(codes)[:, 0].clamp(0, 1)),
         ("drawn from the prior", [plt.imread(file) for file in samples]),
     ]
-    height = 4.2 * data.size[0] / data.size[1] / n + 0.4
-    figure = plt.figure(figsize=(4 * 4.2, height), layout="constrained")
+    height = 2.6 * data.size[0] / data.size[1] / n + 0.4
+    figure = plt.figure(figsize=(4 * 2.6, height), layout="constrained")
     for part, (title, images) in zip(figure.subfigures(1, 4), groups, strict=True):
-        part.suptitle(title)
+        part.suptitle(title, fontsize=10)
         for axis, image in zip(part.subplots(1, n), images, strict=True):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_axis_off()
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
@@ -91,6 +92,7 @@ def architecture(vq_vae, prior, size, path):
     z_q, codes, _ = vq_vae.quantizer(z)
     decoder, _ = passed(vq_vae.decoder, z_q)
     k, c = prior.config.kernel_size, prior.config.n_channels
+    n_layers = prior.config.n_layers
     h, w = prior.config.size
     grid = f"{h} x {w}"
     rows = [
@@ -100,21 +102,27 @@ def architecture(vq_vae, prior, size, path):
             ("codes", grid),
         ], "#f7e3b5"),
         ("decoder", [("vectors of\nthe codes", f"{z.shape[1]} x {grid}"), *decoder], "#d5efd2"),
-        ("prior", [
+        ("prior, vertical", [
             ("codes", grid),
-            ("embedding,\n+ atlas", f"{c} x {grid}"),
-            (f"{prior.config.n_layers} gated layers,\n{k // 2 + 1} x {k} and 1 x {k // 2 + 1}",
-             f"2 x {c} x {grid}"),
-            ("head of the\nhorizontal one", f"{prior.config.n_embeddings} x {grid}"),
-            ("p(code | codes\nbefore it)", grid),
+            ("embeddings a\nrow up, + atlas", f"{c} x {grid}"),
+            (f"{n_layers} x: {k // 2 + 1} x {k}\nconv, gate", f"{c} x {grid}"),
+        ], "#ecd6ee"),
+        ("prior, horizontal", [
+            ("codes", grid),
+            ("embeddings a\ncode left, + atlas", f"{c} x {grid}"),
+            (f"{n_layers} x: 1 x {k // 2 + 1} conv,\n+ vertical, gate", f"{c} x {grid}"),
+            ("2 conv 1 x 1", f"{prior.config.n_embeddings} x {grid}"),
+            ("p(code | codes\nbefore it)", f"{prior.config.n_embeddings} x {grid}"),
         ], "#ecd6ee"),
     ]  # fmt: skip
     width = max(len(boxes) for _, boxes, _ in rows)
-    figure, axis = plt.subplots(figsize=(1.05 * width + 1.2, 4.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(1.05 * width + 1.4, 5.4), layout="constrained")
     for i, (name, boxes, colour) in enumerate(rows):
         y = len(rows) - 1 - i
         axis.text(-0.12, y + 0.31, name, ha="right", va="center", size=9, weight="bold")
         draw_row(axis, y, boxes, colour)
+    # each layer of the horizontal stack takes in what the vertical one found
+    axis.annotate("", (2.4, 0.68), (2.4, 0.95), arrowprops={"arrowstyle": "->"})
     axis.set(xlim=(-1.5, width), ylim=(-0.15, len(rows) - 0.2))
     axis.set_axis_off()
     figure.savefig(path, dpi=130)
@@ -141,7 +149,8 @@ def seen(y, x, place):
     return x.grad.abs().sum(1)[0]
 
 
-def receptive_field(prior, path):
+def receptive_field(prior, codes, path):
+    """Gradients of the logits at one place, mean over slices; codes: (N, h, w) of real ones."""
     h, w = prior.config.size
     place = (2 * h // 3, w // 2)
     kept = []
@@ -151,16 +160,14 @@ def receptive_field(prior, path):
         return kept[0]
 
     handle = prior.embedding.register_forward_hook(keep)
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(prior.config.n_embeddings, (1, h, w), generator=generator)
     logits = prior(codes)
     handle.remove()
-    logits[0, :, place[0], place[1]].square().sum().backward()
-    ours = kept[0].grad.abs().sum(3)[0]
+    logits[:, :, place[0], place[1]].square().sum().backward()
+    ours = kept[0].grad.abs().sum(3).mean(0)
     torch.manual_seed(0)
     theirs = seen(*masked_stack(prior.config.n_layers, (h, w)), place)
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 5), layout="constrained")
-    titles = (f"{prior.config.n_layers} masked 3 x 3 convolutions", "this prior, trained")
+    titles = (f"{prior.config.n_layers} masked 3 x 3, untrained", "this prior, trained")
     for axis, gradient, title in zip(axes, (theirs, ours), titles, strict=True):
         shown = (gradient > 0) * (gradient / gradient.max()).clamp(min=1e-6).log10()
         shown = torch.where(gradient > 0, shown, torch.nan)
@@ -183,7 +190,12 @@ def main():
     data = dataset.load(**({"data": "phantom"} | arguments))
     overview(vq_vae, data, args.run_dir, figures / "overview.png")
     architecture(vq_vae, prior, data.size, figures / "architecture.png")
-    receptive_field(prior, figures / "receptive_field.png")
+    codes = vq_vae.encode(data["test"].batch(plots.picks(len(data["test"]), 32)))
+    receptive_field(prior, codes, figures / "receptive_field.png")
+    found = utils.read_json(args.run_dir / "predict" / "metrics.json")
+    found["reconstruction"].pop("per_patient")
+    kept = {"data": found["data"]["name"], **{name: found[name] for name in KEPT}}
+    utils.write_json(ROOT / "benchmarks" / "results" / "demo.json", kept)
     for name in COPIED:
         with Image.open(args.run_dir / "predict" / f"{name}.png") as picture:
             picture.thumbnail((1200, 1400))  # as large as a page shows it
