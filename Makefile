@@ -14,6 +14,7 @@ test: $(VENV)/.installed
 
 figures: demo
 	$(BIN)/python benchmarks/figures.py --run_dir runs/demo
+	$(BIN)/python benchmarks/keep.py --run_dir runs/demo --out demo
 
 install: $(VENV)/.installed
 

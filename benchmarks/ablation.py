@@ -23,15 +23,15 @@ import torch.nn.functional as F
 
 import modules
 
+DEEP = ["--downsample", "4", "--diversity", "0.05", "--n_residual_layers", "4"]
 ROWS = {
     "demo": [],
     "demo, seed 1": ["--seed", "1"],
     "demo, seed 2": ["--seed", "2"],
     "f=4": ["--downsample", "4"],
     "f=4, diversity 0.05": ["--downsample", "4", "--diversity", "0.05"],
-    "f=4, diversity 0.05, 4 blocks, SSIM": [
-        "--downsample", "4", "--diversity", "0.05", "--n_residual_layers", "4", "--loss", "ssim",
-    ],
+    "f=4, diversity 0.05, 4 blocks": DEEP,
+    "f=4, diversity 0.05, 4 blocks, SSIM": [*DEEP, "--loss", "ssim"],
     "f=16": ["--downsample", "16"],
     "f=16, loss SSIM": ["--downsample", "16", "--loss", "ssim"],
     "K=256": ["--n_embeddings", "256"],

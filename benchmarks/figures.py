@@ -5,7 +5,7 @@
 figures/overview.png shows test slices, their codes and reconstructions, and samples,
 figures/architecture.png the layers of a run's networks with the shapes that pass through them,
 figures/receptive_field.png which codes a logit of its prior depends on. The rest are what
-predict.py drew. Also writes benchmarks/results/demo.json, the numbers of that run's metrics.json.
+predict.py drew.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from keep import copy_small
 from matplotlib.patches import FancyBboxPatch
-from PIL import Image
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,8 +24,7 @@ import dataset  # noqa: E402
 import plots  # noqa: E402
 import utils  # noqa: E402
 
-COPIED = ["samples", "completions", "reconstructions"]
-KEPT = ["reconstruction", "codebook", "rate", "prior", "samples", "protocol", "seed", "versions"]
+COPIED = ["completions", "reconstructions"]
 
 
 @torch.no_grad()
@@ -192,14 +191,8 @@ def main():
     architecture(vq_vae, prior, data.size, figures / "architecture.png")
     codes = vq_vae.encode(data["test"].batch(plots.picks(len(data["test"]), 32)))
     receptive_field(prior, codes, figures / "receptive_field.png")
-    found = utils.read_json(args.run_dir / "predict" / "metrics.json")
-    found["reconstruction"].pop("per_patient")
-    kept = {"data": found["data"]["name"], **{name: found[name] for name in KEPT}}
-    utils.write_json(ROOT / "benchmarks" / "results" / "demo.json", kept)
     for name in COPIED:
-        with Image.open(args.run_dir / "predict" / f"{name}.png") as picture:
-            picture.thumbnail((1200, 1400))  # as large as a page shows it
-            picture.convert("RGB").save(figures / f"{name}.png", optimize=True)
+        copy_small(args.run_dir / "predict" / f"{name}.png", figures / f"{name}.png")
 
 
 if __name__ == "__main__":

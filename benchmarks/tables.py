@@ -35,6 +35,63 @@ def of_test(test):
     ]  # fmt: skip
 
 
+def with_interval(found, name):
+    low, high = found[f"{name}_ci95"]
+    return f"{found[f'{name}_mean']:.4f} ({low:.4f} to {high:.4f})"
+
+
+def reconstruction():
+    rows = []
+    for name in RUNS:
+        run = results(name)
+        r, c, at = run["reconstruction"], run["codebook"], run["rate"]["at_as_many_bits"]
+        rows.append([
+            run["data"], with_interval(r, "ssim"), with_interval(r, "ssim_body"),
+            f"{r['psnr_mean']:.2f}", f"{c['used']} of {c['size']}", f"{c['perplexity']:.0f}",
+            f"{run['rate']['bits_per_slice']:.0f}",
+            ", ".join(f"{name} {x['ssim']:.2f} at {x['bits']:.0f}" for name, x in at.items()),
+        ])  # fmt: skip
+    return table(["data", "SSIM (95 %)", "in the body (95 %)", "PSNR (dB)", "codes used",
+                  "perplexity", "bits per slice", "SSIM of other codecs, bits"], rows)  # fmt: skip
+
+
+def samples():
+    rows = []
+    for name in RUNS:
+        found = results(name)["samples"]
+        told, near = found["two_sample_accuracy"], found["nearest_training_ssim"]
+        low, high = told["samples_ci95"]
+        copies = f"{len(near['copies'])} of {near['looked_up']}"
+        of = {
+            "samples": [f"{told['samples']:.2f} ({low:.2f} to {high:.2f})", copies],
+            "real": [f"{told['real']:.2f}", ""],
+        }
+        for kind in of:
+            values = [
+                f"{found[key][kind]:.3f}"
+                for key in ("best_match_ssim", "pairwise_ssim", "frechet", "precision", "recall")
+            ]
+            values.append(", ".join(f"{x:.0f}" for x in found["wasserstein"][kind]))
+            values.append(f"{near[kind]:.3f}")
+            rows.append([results(name)["data"], kind, *values, *of[kind]])
+    return table(["data", "slices", "best match (SSIM)", "pairs (SSIM)", "Fréchet", "precision",
+                  "recall", "sliced Wasserstein, fine to coarse", "nearest training slice (SSIM)",
+                  "told from real", "copies"], rows)  # fmt: skip
+
+
+def bits():
+    rows = []
+    for name in RUNS:
+        found = results(name)["prior"]
+        known = found["bits_per_code_without_network"]
+        rows.append([results(name)["data"], f"**{found['bits_per_code']:.3f}**",
+                     *(f"{known[k]:.3f}" for k in BITS)])  # fmt: skip
+    return table(["data", "prior", *BITS.values()], rows)
+
+
+RUNS = ["demo", "brain"]
+BITS = {"uniform": "log2 K", "unigram": "histogram", "position": "of each position",
+        "gzip": "gzip", "xz": "xz"}  # fmt: skip
 QUALITY = ["SSIM", "in the body", "PSNR (dB)", "codes used", "perplexity"]
 
 
@@ -58,7 +115,7 @@ def ablation():
 
 def long():
     rows = []
-    for found in map(results, ("long_f8", "long_f4", "long_f4_deep")):
+    for found in map(results, ("long_f8", "long_f4", "long_f4_deep", "long_f4_ssim")):
         for name, row in found["rows"].items():
             seconds = f"{found['seconds_of_one_core']:.0f}"
             rows.append([name, seconds, row["updates"], *of_test(row["test"])])
@@ -122,8 +179,8 @@ def quantizer():
 
 def runs():
     return table(
-        ["slices", "stage", "first update ever (s)", "of a fresh run after that (s)",
-         "of a resumed run (s)", "time spent on saving", "peak memory (GiB)"],
+        ["slices", "stage", "first start (s)", "later start (s)",
+         "resumed start (s)", "time spent on saving", "peak memory (GiB)"],
         [
             [n, f"`{stage}`", f"{row['first_update_s']:.1f}", f"{row['fresh_s']:.1f}",
              f"{row['resumed_s']:.1f}", f"{100 * row['saving_share']:.1f} %",
@@ -180,8 +237,8 @@ def flags_predict():
 TABLES = {
     f.__name__: f
     for f in (
-        vq_vae, ablation, pca, long, prior, prior_ablation, sampling, quantizer, runs, presets,
-        temperature, flags_train, flags_predict,
+        reconstruction, samples, bits, vq_vae, ablation, pca, long, prior, prior_ablation, sampling,
+        quantizer, runs, presets, temperature, flags_train, flags_predict,
     )
 }  # fmt: skip
 

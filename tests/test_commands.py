@@ -85,6 +85,9 @@ def test_the_reported_ssim_is_skimages(predicted, run_dir, data):
         rows = list(csv.DictReader(file))
     assert [float(row["ssim"]) for row in rows] == pytest.approx(expected, abs=1e-5)
     assert [row["patient"] for row in rows] == split.patients
+    assert [float(row["position"]) for row in rows] == pytest.approx(split.positions.tolist())
+    assert all(row["volume"].startswith(row["patient"]) for row in rows)
+    assert [row["patient"] for row in rows] == split.patients
 
 
 def test_samples_are_nifti_like_the_data(predicted, run_dir, data):
@@ -338,6 +341,22 @@ def test_samples_are_judged_beside_real_slices(run_dir, tmp_path):
     assert samples["nearest_training_ssim"]["highest_sample"] < 1
     assert 0 <= samples["two_sample_accuracy"]["samples"] <= 1
     assert (tmp_path / "nearest.png").exists()
+
+
+def test_a_copied_training_slice_is_flagged(run_dir, data, tmp_path):
+    """Four training slices, planted among samples of noise, and no other."""
+    config = utils.load_config(run_dir, "vq_vae")
+    slices = dataset.load(**config["data"]["arguments"], progress=False)
+    planted = slices["train"].batch(np.arange(4) * 4)[:, 0].numpy()
+    noise = np.random.default_rng(0).random((4, *slices.size), np.float32)
+    images, result = np.concatenate([noise[:2], planted, noise[2:]]), {"samples": {}}
+    vq_vae = utils.load_model(run_dir, "vq_vae")
+    predict.judge_samples(
+        images, vq_vae, slices["train"], slices["train"], config, "cpu", tmp_path, result, 0
+    )
+    near = result["samples"]["nearest_training_ssim"]
+    assert near["copies"] == [2, 3, 4, 5]
+    assert near["highest_sample"] == pytest.approx(1, abs=1e-4)
 
 
 def test_predicting_twice_gives_the_same(run_dir, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -47,6 +48,22 @@ def test_commands_parse(command):
         parsers[script]().parse_args(words)
     else:
         assert (ROOT / script).exists()
+
+
+INLINE = sorted(set(re.findall(r"`python (benchmarks/[^`]*)`", TEXT)))
+
+
+@pytest.mark.parametrize("command", INLINE)
+def test_commands_of_benchmarks_parse(command, monkeypatch):
+    script, *words = shlex.split(command)
+    assert (ROOT / script).exists()
+    if not words:
+        return
+    monkeypatch.setattr("sys.argv", [script, *words, "--help"])  # read after the others
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert end.value.code == 0
 
 
 def test_the_commands_run_as_written(data, tmp_path, monkeypatch):
