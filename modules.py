@@ -550,7 +550,8 @@ class GatedPixelCNN(nn.Module):
             label, depth = (
                 x if x is None else torch.cat([x, torch.full_like(x, -1)]) for x in (label, depth)
             )
-        for i, j, logits in self.logits_in_order(codes.flatten(0, 1), label, depth):
+        both = codes.flatten(0, 1)  # a view, which sees what is filled in below
+        for i, j, logits in self.logits_in_order(both, label, depth):
             if guidance:
                 told, untold = logits.log_softmax(1).chunk(2)
                 logits = told + guidance * (told - untold)
@@ -583,19 +584,12 @@ class GatedPixelCNN(nn.Module):
         # per layer, the vertical stack's last r + 1 input rows; zeros are the padding above row 0
         above = [torch.zeros(n, c, r + 1, columns + 2 * r, **like) for _ in self.layers]
         # per layer, the horizontal stack's inputs of a row, r zeros of padding before them, and
-        # views of it: what the kernel covers at each column, and the place of that column
+        # views of it: what the kernel covers at each column, and the place of that column; a row
+        # overwrites the one before it, and looks at no column before it has
         left = torch.zeros(n_layers + 1, n, (columns + r) * c, **like)
         covered = [left[..., j * c : (j + r + 1) * c].unbind() for j in range(columns)]
-        here = [left[..., (j + r) * c : (j + r + 1) * c].unbind() for j in range(columns)]
-        # half a sigmoid's input, since sigmoid(b) = (1 + tanh(b / 2)) / 2: one tanh does for a gate
-        half = torch.ones(2 * c, **like)
-        half[c:] = 0.5
-        kernels, outs = [], []
-        for layer in self.layers:
-            kernel = layer.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1)
-            kernels.append((kernel * half).contiguous())  # ((r + 1) C, 2C)
-            out = torch.cat([0.5 * layer.h_out.weight.flatten(1).t(), layer.h_out.bias[None]])
-            outs.append(out)  # (C + 1, C)
+        place = [left[..., (j + r) * c : (j + r + 1) * c].unbind() for j in range(columns)]
+        half, kernels, outs = self._horizontal_matrices()
         x, gated = torch.empty(n, 2 * c, **like), torch.ones(n, c + 1, **like)
         a, b = x.chunk(2, 1)
         inner = gated[:, :c]  # the last column multiplies the bias
@@ -614,16 +608,35 @@ class GatedPixelCNN(nn.Module):
                 v = v + layer.v_out(gate(y + condition))[:, :, 0]
             code_left = torch.zeros(n, c, **like)
             for j in range(columns):
-                torch.add(code_left, atlas[:, :, i, j], out=here[j][0])
+                torch.add(code_left, atlas[:, :, i, j], out=place[j][0])
                 for k in range(n_layers):
                     torch.addmm(from_above[k][j], covered[j][k], kernels[k], out=x)
                     x.tanh_()
                     torch.addcmul(a, a, b, out=inner)
-                    torch.addmm(here[j][k], gated, outs[k], out=here[j][k + 1])
-                h = F.relu(here[j][-1])
+                    torch.addmm(place[j][k], gated, outs[k], out=place[j][k + 1])
+                h = F.relu(place[j][-1])
                 yield i, j, F.linear(F.relu(F.linear(h, *hidden)), *last)  # self.head
                 code_left = self.embedding(codes[:, i, j])
             previous_row = self.embedding(codes[:, i]).transpose(1, 2)
+
+    def _horizontal_matrices(self):
+        """The horizontal stack's weights for `logits_in_order`, where one tanh does for a gate.
+
+        sigmoid(b) = (1 + tanh(b / 2)) / 2, so what leads to b is halved, and what follows too.
+
+        Returns:
+            half: (2C,), 1 for each a of a gate and 1/2 for each b.
+            kernels: per layer, ((r + 1) C, 2C); outs: per layer, (C + 1, C), the bias last.
+        """
+        half = torch.ones(2 * self.config.n_channels).to(self.atlas)
+        half[self.config.n_channels :] = 0.5
+        kernels, outs = [], []
+        for layer in self.layers:
+            kernel = layer.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1)
+            kernels.append((kernel * half).contiguous())
+            weight = layer.h_out.weight.flatten(1).t()
+            outs.append(torch.cat([0.5 * weight, layer.h_out.bias[None]]))
+        return half, kernels, outs
 
 
 def _uniform(size, n, generator):
