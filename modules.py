@@ -135,16 +135,17 @@ class NearestCode(torch.autograd.Function):
     Works through the vectors in parts that stay in a processor's cache, and keeps nothing of size
     N x K, nor of size N x D but z and the output: autograd's way takes some ten times the memory.
 
-    forward: z (N, D), codebook e (K, D) -> e of each z (N, D), codes (N,), and the mean of
-        |z - e|^2 over N and D, once as the commitment and once as the codebook term.
-    backward: z gets the output's gradient as it is (straight through) and that of the commitment
-        term; the codebook gets that of the codebook term.
+    forward: z (N, D), codebook e (K, D) -> e of each z (N, D), codes (N,), the mean of |z - e|^2
+        over N and D, once as the commitment and once as the codebook term, and the loss of
+        `of_some`: (loss, rows of z that it depends on, its gradient there).
+    backward: z gets the output's gradient as it is (straight through) and those of the commitment
+        term and of the loss; the codebook gets that of the codebook term.
     """
 
     PART = 1024
 
     @staticmethod
-    def forward(ctx, z, e):
+    def forward(ctx, z, e, of_some=None):
         codes = torch.empty(len(z), dtype=torch.int64, device=z.device)
         z_q = torch.empty_like(z)
         error = z.new_zeros(())
@@ -155,21 +156,25 @@ class NearestCode(torch.autograd.Function):
             error += (z[part] - z_q[part]).square().sum()
         ctx.save_for_backward(z, z_q, codes)
         ctx.mark_non_differentiable(codes)
-        ctx.n_embeddings = len(e)
-        return z_q, codes, error / z.numel(), error / z.numel()
+        ctx.n_embeddings, ctx.of_some = len(e), of_some
+        loss = of_some[0].clone() if of_some else z.new_zeros(())
+        return z_q, codes, error / z.numel(), error / z.numel(), loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, of_z_q, _, of_commitment, of_codebook):
+    def backward(ctx, of_z_q, _, of_commitment, of_codebook, of_loss):
         z, z_q, codes = ctx.saved_tensors
         to_z = torch.addcmul(of_z_q, z, of_commitment * (2 / z.numel()))
         to_z.addcmul_(z_q, of_commitment * (-2 / z.numel()))
+        if ctx.of_some:
+            _, rows, gradient = ctx.of_some
+            to_z.index_add_(0, rows, of_loss * gradient)
         to_e = None
         if ctx.needs_input_grad[1]:
             to_e = z.new_zeros(ctx.n_embeddings, z.shape[1])
             to_e.index_add_(0, codes, z_q).index_add_(0, codes, z, alpha=-1)
             to_e *= of_codebook * (2 / z.numel())
-        return to_z, to_e
+        return to_z, to_e, None
 
 
 def distances(z, e):
@@ -246,12 +251,15 @@ class VectorQuantizer(nn.Module):
             flat = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # (N, D)
             if self.training and not self.initialised and over_processes(flat.sum()).isfinite():
                 self._start(flat.detach())
-            quantised, codes, commitment, codebook = NearestCode.apply(flat, self.codebook)
+            is_spread = self.training and self.diversity
+            quantised, codes, commitment, codebook, sameness = NearestCode.apply(
+                flat, self.codebook, self._sameness(flat.detach()) if is_spread else None
+            )
             losses = {"commitment": self.beta * commitment}
             if self.learns_by_loss:
                 losses["codebook"] = codebook
-            if self.training and self.diversity:
-                losses["diversity"] = self.diversity * self._sameness(flat)
+            if is_spread:
+                losses["diversity"] = self.diversity * sameness
             if self.training:
                 self._update(flat.detach(), codes)
         b, d, h, w = z.shape
@@ -262,20 +270,25 @@ class VectorQuantizer(nn.Module):
         """(B, h, w) codes -> (B, D, h, w) codebook vectors."""
         return F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
 
+    @torch.enable_grad()
     def _sameness(self, flat):
         """log K - entropy of the mean soft assignment of (some of) a batch: 0 if all codes are used
         alike, log K if only one is. Where much of an image is background, one code would else take
-        a quarter of all places and tell nothing there about the edge nearby."""
+        a quarter of all places and tell nothing there about the edge nearby.
+
+        Returns the loss, the rows of `flat` it was taken of, and its gradient there.
+        """
         rank, n_processes = processes()
         some = torch.randperm(n_processes * len(flat), device=flat.device)[: self.SOME]
-        own = flat[some[some // len(flat) == rank] % len(flat)]
-        codebook = self.codebook.detach().clone()  # it moves before the gradient is taken
-        far = distances(own, codebook) / (self.SOFTNESS * flat.shape[1])
-        p = (-far).softmax(1).sum(0)
+        rows = some[some // len(flat) == rank] % len(flat)
+        own = flat[rows].requires_grad_()
+        far = distances(own, self.codebook.detach())
+        p = far.div_(-self.SOFTNESS * flat.shape[1]).softmax(1).sum(0)
         # the value is that of all; gradients are averaged over the processes, and this is a sum
         p = over_processes(p.detach()) + n_processes * (p - p.detach())
         p = p / len(some)
-        return math.log(self.n_embeddings) + (p * (p + 1e-9).log()).sum()
+        loss = math.log(self.n_embeddings) + (p * (p + 1e-9).log()).sum()
+        return loss.detach(), rows, torch.autograd.grad(loss, own)[0]
 
     @torch.no_grad()
     def _start(self, flat, n_steps=10):
