@@ -252,15 +252,19 @@ def test_a_run_that_cannot_go_on_is_left_as_it_is(data, run_dir, tmp_path, monke
         assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 
-def test_patience_stops_early(data, tmp_path):
-    command = f"train.py --mode vq_vae --data {data} --run_dir {tmp_path / 'r'} {SMALL_VQ_VAE}"
-    # with a learning rate of zero no validation is better than the first
-    out, _ = call(f"{command} --n_updates 90 --log_interval 1 --learning_rate 0 --patience 2")
-    log = [json.loads(line) for line in (tmp_path / "r" / "vq_vae" / "log.jsonl").open()]
-    best = max(log, key=lambda entry: entry["validate"]["ssim"])
-    assert log[-1]["update"] == best["update"] + 2 < 90
-    assert "best validation ssim" in out
-    again, _ = call(f"{command} --n_updates 90 --log_interval 1 --learning_rate 0 --patience 2")
+@pytest.mark.parametrize("stage", ["vq_vae", "pixelcnn"])
+def test_patience_stops_early(stage, data, run_dir, tmp_path):
+    """With a learning rate of zero only the codebook's averages still move."""
+    shutil.copytree(run_dir / "vq_vae", tmp_path / "r" / "vq_vae")
+    flags = "--n_updates 90 --log_interval 1 --learning_rate 0 --patience 2"
+    command = f"train.py --run_dir {tmp_path / 'r'} {stages(data)[stage]} {flags}"
+    out, _ = call(f"{command} --fresh")
+    log = [json.loads(line) for line in (tmp_path / "r" / stage / "log.jsonl").open()]
+    best = int(re.search(r"best validation .* at update (\d+)", out)[1])
+    assert log[-1]["update"] == best + 2 < 90
+    name, better = ("ssim", max) if stage == "vq_vae" else ("bits_per_code", min)
+    assert best == better(log, key=lambda entry: entry["validate"][name])["update"]
+    again, _ = call(command)
     assert "finished" in again
 
 
