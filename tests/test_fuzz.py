@@ -1,6 +1,7 @@
 """Files from strangers: whatever their bytes are, they load or end in the project's own error."""
 
 import copy
+import gzip
 import json
 import os
 import shutil
@@ -8,13 +9,40 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 import dataset
+import metrics
 import predict
 import train
 import utils
 
-N = int(os.environ.get("FUZZ", 1000))  # cases of each kind
+fuzzed = settings(
+    max_examples=int(os.environ.get("FUZZ", 1000)),  # cases of each kind
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+EDITS = st.lists(
+    st.tuples(
+        st.sampled_from(["overwrite", "fill", "delete", "double", "cut"]),
+        st.integers(0, 1 << 20),
+        st.binary(min_size=1, max_size=50),
+    ),
+    min_size=1,
+    max_size=5,
+)
+GONE = object()
+STRANGE = [GONE, True, -1, 0, 1e300, 10**12, float("nan"), "x" * 5000, [], {}, [[]], -0.5]
+VALUES = st.sampled_from(STRANGE) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=4,
+)
+PATHS = st.lists(st.integers(0, 1 << 16), min_size=1, max_size=6)
 
 
 @pytest.fixture(scope="module")
@@ -24,43 +52,40 @@ def stages(run_dir, tmp_path_factory):
     return copy_of_run
 
 
-def damaged(data, rng):
-    """Bytes with a few of them changed, cut, doubled or overwritten by extreme numbers."""
-    data = bytearray(data)
-    for _ in range(rng.integers(1, 6)):
-        at = int(rng.integers(len(data) or 1))
-        match rng.integers(5):
-            case 0:
-                data[at : at + 1] = bytes([int(rng.integers(256))])
-            case 1:
-                del data[at : at + int(rng.integers(1, 50))]
-            case 2:
-                data[at:at] = data[at : at + int(rng.integers(1, 50))]
-            case 3:
-                data[at : at + 8] = b"\xff" * int(rng.integers(1, 9))
-            case 4:
-                data = data[: max(1, at)]
-    return bytes(data)
+def damaged(data, edits, head=None):
+    """Bytes with a few of the first `head` changed, cut, doubled or overwritten."""
+    data, rest = bytearray(data[:head]), b"" if head is None else data[head:]
+    for kind, at, some in edits:
+        at, n = at % (len(data) or 1), len(some)
+        match kind:
+            case "overwrite":
+                data[at : at + n] = some
+            case "fill":
+                data[at : at + n] = b"\xff" * n
+            case "delete":
+                del data[at : at + n]
+            case "double":
+                data[at:at] = data[at : at + n]
+            case "cut":
+                del data[max(1, at) :]
+    return bytes(data) + rest
 
 
-STRANGE = [None, True, -1, 0, 1e300, 10**12, float("nan"), "", "x" * 5000, [], {}, [[]], -0.5]
-
-
-def strange(value, rng):
-    """A JSON value with one of its parts replaced by something that does not belong there."""
-    value = copy.deepcopy(value)
-    part = value
-    while True:
+def strange(value, path, new):
+    """Nested containers, of which the part at the end of `path` is replaced, or taken out."""
+    value = part = copy.deepcopy(value)
+    for i, number in enumerate(path):
         keys = list(part) if isinstance(part, dict) else range(len(part))
-        key = keys[int(rng.integers(len(keys)))]
-        if isinstance(part[key], dict | list) and len(part[key]) and rng.random() < 0.7:
+        key = keys[number % len(keys)]
+        if i + 1 < len(path) and isinstance(part[key], dict | list) and part[key]:
             part = part[key]
             continue
-        if isinstance(part, dict) and rng.random() < 0.2:
+        if new is not GONE:
+            part[key] = new
+        elif isinstance(part, dict):
             del part[key]
-        else:
-            part[key] = STRANGE[int(rng.integers(len(STRANGE)))]
         return value
+    return value
 
 
 def loads_or_says_why(run, stage):
@@ -74,77 +99,91 @@ def loads_or_says_why(run, stage):
 @pytest.mark.parametrize("stage", ["vq_vae", "pixelcnn"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_damaged_bytes_of_a_run(stages, stage, name):
-    rng = np.random.default_rng(0)
     path = stages / stage / name
     whole = path.read_bytes()
-    for _ in range(N):
-        # the header of the weights, not their numbers, is what can do harm
-        head = len(whole) if name == "config.json" else 2000
-        path.write_bytes(damaged(whole[:head], rng) + whole[head:])
+    # the header of the weights, not their numbers, is what can do harm
+    head = None if name == "config.json" else 2000
+
+    @fuzzed
+    @given(EDITS)
+    def check(edits):
+        path.write_bytes(damaged(whole, edits, head))
         loads_or_says_why(stages, stage)
+
+    check()
     path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("stage", ["vq_vae", "pixelcnn"])
 def test_strange_entries_of_a_config(stages, stage):
-    rng = np.random.default_rng(0)
     path = stages / stage / "config.json"
     whole = json.loads(path.read_text())
-    for _ in range(N):
-        path.write_text(json.dumps(strange(whole, rng)))
+
+    @fuzzed
+    @given(PATHS, VALUES)
+    def check(where, value):
+        path.write_text(json.dumps(strange(whole, where, value)))
         loads_or_says_why(stages, stage)
+
+    check()
     path.write_text(json.dumps(whole))
 
 
 def test_strange_entries_of_a_checkpoint(stages):
     """History, optimizer's state, weights: refused, or training can go on from them."""
-    directory, rng = stages / "pixelcnn", np.random.default_rng(0)
-    whole = torch.load(directory / "checkpoint.pt", weights_only=True)
+    directory = stages / "pixelcnn"
+    path = directory / "checkpoint.pt"
+    before, whole = path.read_bytes(), torch.load(path, weights_only=True)
     config = utils.read_config(directory)
-    before = (directory / "checkpoint.pt").read_bytes()
-    refused = 0
-    for _ in range(N):
-        torch.save(strange(whole, rng), directory / "checkpoint.pt")
+    ended = []
+
+    @fuzzed
+    @given(PATHS, VALUES)
+    def check(where, value):
+        torch.save(strange(whole, where, value), path)
         model, averaged = (utils.load_model(stages, "pixelcnn").train() for _ in range(2))
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
         state, running = {"in_a_row": 0}, []
         try:
             log = train.resume(directory, config, model, averaged, optimizer, state, running)
         except utils.UserError as error:
-            refused += 1
             assert "damaged" in str(error)  # noqa: PT017
             assert "\n" not in str(error)  # noqa: PT017
-            continue
+            ended.append("refused")
+            return
         model(torch.zeros(1, *model.config.size, dtype=torch.long)).sum().backward()
         optimizer.step()
         train.is_done(log, state, config["train"] | {"patience": 1})
         assert all(np.isreal(losses["bits_per_code"]) for losses in running)
         train.learning_rate(state["update"], config["train"])
         train.batch_indices(10, 2, state["drawn"], 0)
-        train.save_checkpoint(directory, config, log, model, averaged, optimizer, state, running)
-    assert N / 2 < refused < N
-    (directory / "checkpoint.pt").write_bytes(before)
+        if log != whole["log"]:
+            train.plots.curves(log, stages / "curves.png", config)
+        ended.append("went on")
+
+    check()
+    assert set(ended) == {"refused", "went on"}
+    path.write_bytes(before)
 
 
 @pytest.mark.parametrize("kind", ["slice.nii.gz", "slice.nii", "slice.png", "slice.jpg"])
-def test_damaged_images(tmp_path, kind, data):
-    import gzip
-
-    from PIL import Image
-
+@pytest.mark.parametrize("head", [400, None])
+def test_damaged_images(tmp_path, kind, head, data):
     nifti = sorted((data / "keras_slices_test").iterdir())[0].read_bytes()
-    path, rng = tmp_path / kind, np.random.default_rng(0)
+    path = tmp_path / kind
     if kind == "slice.nii.gz":
         path.write_bytes(nifti)
     elif kind == "slice.nii":
         path.write_bytes(gzip.decompress(nifti))
     else:
-        grey = rng.integers(0, 255, (64, 48), dtype=np.uint8)
+        grey = np.random.default_rng(0).integers(0, 255, (64, 48), dtype=np.uint8)
         Image.fromarray(grey).save(path)
     whole = path.read_bytes()
-    for _ in range(N):
-        head = min(len(whole), 400) if rng.random() < 0.8 else len(whole)
-        path.write_bytes(damaged(whole[:head], rng) + whole[head:])
+
+    @fuzzed
+    @given(EDITS)
+    def check(edits):
+        path.write_bytes(damaged(whole, edits, head))
         found = dataset._images(str(tmp_path), kind, None, [0])
         if isinstance(found, str):
             assert "\n" not in found
@@ -152,15 +191,19 @@ def test_damaged_images(tmp_path, kind, data):
             assert found[0].ndim == 2
         dataset._header(str(path))
 
+    check()
+
 
 def test_damaged_codes_are_no_codes(stages):
-    import metrics
-
-    rng = np.random.default_rng(0)
     path = stages / "codes" / "train.npz"
     whole = path.read_bytes()
-    for _ in range(N):
-        path.write_bytes(damaged(whole, rng))
+
+    @fuzzed
+    @given(EDITS)
+    def check(edits):
+        path.write_bytes(damaged(whole, edits))
         found = metrics.stored_codes(stages, "train", 16)
         assert found is None or found[1].max() < 16
+
+    check()
     path.write_bytes(whole)
