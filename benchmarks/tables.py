@@ -215,6 +215,18 @@ def temperature():
     return table(head, rows)
 
 
+def classes():
+    rows = results("classes")["rows"]
+    kinds = [key for key in next(iter(rows.values())) if key.startswith("guidance")]
+    return table(
+        ["class", "training slices near there", "their share", *(f"samples, {k}" for k in kinds)],
+        [
+            [name, row["real_slices"], *(f"{100 * row[key]:.1f} %" for key in ("real", *kinds))]
+            for name, row in rows.items()
+        ],
+    )
+
+
 def flags(parser):
     formatter, rows = parser._get_formatter(), []
     for action in parser._actions:
@@ -238,7 +250,7 @@ TABLES = {
     f.__name__: f
     for f in (
         reconstruction, samples, bits, vq_vae, ablation, pca, long, prior, prior_ablation, sampling,
-        quantizer, runs, presets, temperature, flags_train, flags_predict,
+        quantizer, runs, presets, temperature, classes, flags_train, flags_predict,
     )
 }  # fmt: skip
 
