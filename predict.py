@@ -82,7 +82,7 @@ def parser():
     sample.add_argument(
         "--guidance", type=utils.at_least(0.0, float), metavar="W", default=0.5,
         help="how much more a slice shall look like its position and label: 0 draws as learned, "
-        "more than 1 tears slices",
+        "more than 1 may tear slices",
     )
     sample.add_argument(
         "--top_k", type=utils.at_least(1), metavar="K", help="draw among the K likeliest codes only"
