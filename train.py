@@ -479,7 +479,7 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
             if is_due:
                 validate()
             bar.set_postfix(loss=f"{sum(values):.3f}", **shown)
-            if is_due or is_last or told:
+            if is_due or told or (is_last and state["best"] is not None):
                 save(save_checkpoint, *everything)
             if told and not is_done(log, state, options):
                 text = f"{directory}: saved at update {state['update']}; the same command goes on"

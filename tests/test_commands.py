@@ -616,6 +616,13 @@ def test_the_last_update_without_a_finite_gradient(train_without, capsys):
     assert "is finished: 6 updates" in capsys.readouterr().out
 
 
+def test_no_update_with_a_finite_gradient(train_without):
+    for _ in range(2):
+        with pytest.raises(utils.UserError, match="no finite gradient at update 6"):
+            train_without(range(6))
+    assert [entry["update"] for entry in train_without({})] == [3, 6]
+
+
 def test_updates_without_a_finite_gradient_in_a_row_are_counted_over_a_stop(
     train_without, tmp_path
 ):
