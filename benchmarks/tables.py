@@ -115,7 +115,8 @@ def ablation():
 
 def long():
     rows = []
-    for found in map(results, ("long_f8", "long_f4", "long_f4_deep", "long_f4_ssim")):
+    names = ("long_f8", "f4_ten_minutes", "long_f4", "long_f4_deep", "long_f4_ssim")
+    for found in map(results, names):
         for name, row in found["rows"].items():
             seconds = f"{found['seconds_of_one_core']:.0f}"
             rows.append([name, seconds, row["updates"], *of_test(row["test"])])
