@@ -12,9 +12,10 @@ test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
-figures: demo
+figures: $(VENV)/.installed
+	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/figures.py --run_dir runs/demo
-	$(BIN)/python benchmarks/keep.py --run_dir runs/demo --out demo
+	$(BIN)/python benchmarks/temperature.py --run_dir runs/demo
 
 install: $(VENV)/.installed
 

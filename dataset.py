@@ -24,14 +24,17 @@ The volume is the path without the slice number, the last number of the name.
 import argparse
 import gzip
 import hashlib
+import io
 import json
 import math
 import mmap
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
+import time
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -53,14 +56,17 @@ import plots
 import utils
 from utils import UserError
 
-FORMAT = 4  # of the cache; raise it whenever the same files would give other pixels
+FORMAT = 5  # of the cache; raise it whenever the same files would give other pixels
 PERCENTILE = 99.5
 SPLITS = ("train", "validate", "test")
 HELD_OUT = 0.15  # share of the patients for each split that the data does not bring
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the world axis that crosses each plane
 NIFTI, RASTER = (".nii", ".nii.gz"), (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+RASTER_FORMATS = ("PNG", "JPEG", "TIFF")
 MOST_PIXELS = 1 << 26  # of a PNG, JPEG or TIFF: a small file may unfold to any number
+MOST_VOXELS = 1 << 28  # of a NIfTI file, likewise: 512 x 512 x 1024
 HELD_PIXELS = 1 << 24  # of one volume in memory at once: 64 MiB in each process
+NOT_UTF8 = "its name is not UTF-8; rename it"
 ADNI_JSON = "meta_data_with_label.json"
 ADNI_CLASSES = {"AD", "NC", "CN", "MCI", "EMCI", "LMCI"}
 
@@ -136,8 +142,9 @@ class SliceData:
     """What `load` returns: `data["train"]`, `data["validate"]`, `data["test"]`, and their story.
 
     affine: (4, 4) and zooms: (3,) in mm, of the first train slice on the grid of `size`, for NIfTI
-    files that imitate the data. intensity_scale: median scale of the train volumes, in the data's
-    own units. fingerprint: changes with the pixels, the splits and the names, not with the place.
+    files that imitate the data. intensity_scale, intensity_shift: medians over the train volumes;
+    scale times pixel plus shift is in the data's own units. fingerprint: changes with the pixels,
+    the splits and the names, not with the place.
     """
 
     name: str
@@ -150,6 +157,7 @@ class SliceData:
     affine: np.ndarray
     zooms: tuple[float, ...]
     intensity_scale: float
+    intensity_shift: float
     splits: dict[str, SliceSplit] = field(repr=False)
     common: tuple[int, int] | None  # size of most slices as stored; None: each is seen alone
     cut: dict[str, int] = field(repr=False)  # array axis across which a volume was cut, by path
@@ -202,6 +210,9 @@ def load(
     Raises UserError for what the user can mend; it lists all unreadable files unless
     skip_unreadable.
     """
+    if plane not in PLANES or slices < 1 or min(image_size or [1]) < 1:
+        what = f"plane {plane}, {slices} slices of {image_size or 'any size'}"
+        raise UserError(f"{data}: no data can be read with {what}; give others")
     default = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = cache_dir or os.environ.get("MRCODES_CACHE") or os.path.join(default, "mrcodes")
     try:
@@ -250,16 +261,18 @@ def load(
     return SliceData(
         "phantom" if is_phantom else name, is_phantom, report["layout"], tuple(report["size"]),
         report["classes"], report, index["fingerprint"], affine,
-        tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist()), index["intensity_scale"], splits,
+        tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist()), index["intensity_scale"],
+        index["intensity_shift"], splits,
         tuple(index["common"]), {f"{root}/{path}": axis for path, axis in index["cut"].items()},
     )  # fmt: skip
 
 
-def load_alone(path, size) -> SliceData:
+def load_alone(path, size, label=None, position=-1.0) -> SliceData:
     """A slice, or a folder of slices, of no data set: one split, "input", nothing cached.
 
-    Each slice is scaled by its own percentile, shrunk, cropped or padded to size (H, W); its
-    position and label are unknown. A file whose name does not tell the patient counts as one.
+    Each slice is scaled by its own percentile, shrunk, cropped or padded to size (H, W). label and
+    position are those of all; None and -1 where they are not known. A file whose name does not tell
+    the patient counts as one.
 
     Raises UserError for what the user can mend.
     """
@@ -272,6 +285,9 @@ def load_alone(path, size) -> SliceData:
         names = [os.path.join(folder, name).lstrip("/") for folder, name, *_ in files]
     images, slices, unknown = [], [], []
     for name in names:
+        if (plain := _plain(name)) != name:
+            bad[plain] = NOT_UTF8
+            continue
         who = _identify(name, Path(name).parent.parts)
         if who is None:
             unknown.append(name)
@@ -283,12 +299,14 @@ def load_alone(path, size) -> SliceData:
         shift, scale, *_ = _window(found)
         image = _fit((found[0] - shift) * np.float32(1 / scale), found[0].shape, size)
         images.append(np.rint(image.clip(0, 1) * 65535).astype(np.uint16))
-        slices.append(Slice(f"{root}/{name}", "input", patient, volume, None, -1.0, 0))
+        slices.append(Slice(f"{root}/{name}", "input", patient, volume, label, position, 0))
     if bad:
         first = "; ".join(f"{name} ({why})" for name, why in sorted(bad.items())[:10])
-        raise UserError(f"{path}: cannot be read: {first}; give slices, one image in each file")
-    n, nothing, patients = len(slices), np.full(len(slices), -1), [s.patient for s in slices]
-    split = SliceSplit(np.stack(images), nothing, nothing.astype(np.float32), patients, slices)
+        what = f"cannot be read: {first}; give slices, one image in each file"
+        raise UserError(f"{_plain(path)}: {what}")
+    n, patients = len(slices), [s.patient for s in slices]
+    labels, positions = np.full(n, -1), np.full(n, position, np.float32)
+    split = SliceSplit(np.stack(images), labels, positions, patients, slices)
     fingerprint = hashlib.sha256(split.images.tobytes()).hexdigest()[:32]
     counts = {"input": {"slices": n, "patients": len(set(patients))}}
     report = {"splits": counts, "split_origin": "not needed"}
@@ -296,7 +314,7 @@ def load_alone(path, size) -> SliceData:
     report |= {"patients_separable": n == 1 or not unknown}
     return SliceData(
         path.name, False, "single slices", tuple(size), [], report, fingerprint, np.eye(4),
-        (1.0, 1.0, 1.0), 1.0, {"input": split}, None, {},
+        (1.0, 1.0, 1.0), 1.0, 0.0, {"input": split}, None, {},
     )  # fmt: skip
 
 
@@ -321,6 +339,11 @@ def _open(entry, skip):
 # ------------------------------------------------------------------------------------------------
 # Find the files, read their names, split by patient
 # ------------------------------------------------------------------------------------------------
+
+
+def _plain(name):
+    """A file's name in letters that can be printed."""
+    return os.fspath(name).encode("utf8", "backslashreplace").decode()
 
 
 def _is_image(name):
@@ -359,7 +382,10 @@ def _walk(root, flag="--data"):
             folders.remove(name)
         before = len(files)
         for name in names:
-            if name.startswith("."):
+            path = os.path.join(folder, name)
+            if (plain := _plain(path)) != path:
+                bad[plain] = NOT_UTF8
+            elif name.startswith("."):
                 ignored["hidden files"] += 1
             elif not _is_image(name):
                 ignored[f"{os.path.splitext(name)[1].lower() or 'other'} files"] += 1
@@ -370,7 +396,7 @@ def _walk(root, flag="--data"):
                     stat = os.stat(f"{here}/{name}")
                     files.append((folder, name, stat.st_size, stat.st_mtime_ns))
                 except OSError:
-                    bad[os.path.join(folder, name)] = "a broken link"
+                    bad[path] = "a broken link"
         if _is_image(folder) and len(files) == before:
             bad[folder] = "a folder named like an image, with no image in it"
     if not files:
@@ -444,6 +470,8 @@ def _plan(root, files, choices, meta):
         rank = ranks[file.volume]
         file.position = rank.get(file.number, 0.5) if len(rank) > 1 else 0.5
     origin, shared = _set_splits(root, plan, layout, choices, warnings)
+    if new := set(classes) - {file.label for file in plan if file.split == "train"}:
+        warnings.append(f"no training slice is of class {', '.join(sorted(new))}")
     plan.sort(key=lambda f: (SPLITS.index(f.split), f.volume, f.number or 0, f.path))
     return plan, {
         "layout": layout, "classes": classes, "split_origin": origin, "shared_patients": shared,
@@ -493,7 +521,7 @@ def _name_adni_patients(plan, meta, warnings):
         known = json.loads(meta.read_text(encoding="utf-8-sig")) if meta else {}
         if not isinstance(known, dict | list):
             raise ValueError("no records in it")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{meta}: not readable as JSON ({error}); fetch it again") from None
     for record in known.items() if isinstance(known, dict) else known:
         # {"<scan>": {"raw": ".../ADNI_068_S_0473_...", ...}, ...}, or a list of such records
@@ -593,6 +621,8 @@ def _squeezed(shape):
     full = " x ".join(map(str, shape))
     if min(shape, default=1) < 1:
         raise _Unreadable(f"no pixels, its header says {full}")
+    if math.prod(shape) > MOST_VOXELS:
+        raise _Unreadable(f"its header says {full}, too many pixels for slices or a volume")
     if len(squeezed) not in (2, 3) or len(shape) > 4:
         raise _Unreadable(f"{len(shape)}D ({full}), neither a slice nor a volume")
     return squeezed
@@ -615,7 +645,8 @@ def _read_nifti(path):
         offset, slope, inter = (float(head[k]) for k in ("vox_offset", "scl_slope", "scl_inter"))
         plain = (head["sizeof_hdr"], head["magic"]) == (348, b"n+1") and dtype and 0 < n < 8
         if plain and min(dim[:n]) > 0 and 352 <= offset < 1e6 and math.isfinite(slope + inter):
-            count = math.prod(dim[:n])
+            shape = _squeezed(dim[:n])
+            count = math.prod(shape)
             size = int(offset) + count * np.dtype(dtype).itemsize
             if size > 1032 * len(data):  # deflate cannot shrink any further
                 raise _Unreadable(f"truncated: too short for {count} pixels")
@@ -623,7 +654,7 @@ def _read_nifti(path):
                 data = _unpacked(data, size + 1)  # 1 more, to come to the checksum
             if len(data) >= size:
                 image = np.frombuffer(data, dtype, count, int(offset))
-                image = image.reshape(_squeezed(dim[:n]), order="F")
+                image = image.reshape(shape, order="F")
                 as_stored = slope == 0 or (slope, inter) == (1, 0)
                 return image if as_stored else image.astype(np.float64) * slope + inter
     if is_packed:
@@ -647,20 +678,19 @@ def _read_nifti(path):
 
 def _unpacked(data, limit):
     """The first `limit` bytes, at most, of what a .gz holds: a small file may hold any number."""
-    parts = []
-    while data and limit > 0:
-        unpack = zlib.decompressobj(31)
-        parts.append(unpack.decompress(data, limit))
-        limit -= len(parts[-1])
-        if not unpack.eof and limit > 0:
-            raise EOFError("the packed data end too early")
-        data = unpack.unused_data.lstrip(b"\0")
-    return b"".join(parts)
+    unpack = zlib.decompressobj(31)
+    unpacked = unpack.decompress(data, limit)
+    if len(unpacked) == limit:
+        return unpacked
+    if unpack.eof and not unpack.unused_data.strip(b"\0"):
+        return unpacked
+    with gzip.open(io.BytesIO(data)) as file:  # in several pieces, or cut short
+        return file.read(limit)
 
 
 def _read_raster(path):
     """(H, W) array of a PNG, JPEG or TIFF; 16 bits and floats are kept, colour becomes grey."""
-    with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+    with Image.open(path, formats=RASTER_FORMATS) as image:
         if image.width * image.height > MOST_PIXELS:
             raise _Unreadable(f"{image.width} x {image.height} pixels are too many for a slice")
         if getattr(image, "n_frames", 1) > 1:
@@ -694,7 +724,7 @@ def _header(path):
     """Shape and affine, without the pixels; None if unreadable, which decoding will report."""
     try:
         if not path.lower().endswith(NIFTI):
-            with Image.open(path) as image:
+            with Image.open(path, formats=RASTER_FORMATS) as image:
                 return (image.height, image.width), np.eye(4)
         image = nibabel.load(path)
         shape, affine = _squeezed(image.shape), image.affine
@@ -810,12 +840,17 @@ def _map(work, groups, workers):
     if workers == 1:
         yield from map(work, groups)
         return
-    ignore, some = (signal.SIGINT, signal.SIG_IGN), 1 + len(groups) // (16 * workers)
-    try:  # Ctrl-C is the parent's
-        with ProcessPoolExecutor(workers, None, signal.signal, ignore) as pool:
+    some = 1 + len(groups) // (16 * workers)
+    try:
+        with ProcessPoolExecutor(workers, initializer=_leave_signals_to_the_parent) as pool:
             yield from pool.map(work, groups, chunksize=some)
     except BrokenProcessPool:
         raise UserError("--workers: a decoding process was killed; give --workers 1") from None
+
+
+def _leave_signals_to_the_parent():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _rows(root, plan, plane, n_slices):
@@ -849,6 +884,9 @@ def _build(root, files, bad, meta, choices, entry, skip, workers, progress):
     """Decode everything once, into a new cache entry that appears when it is whole."""
     common, n_files = None, len(files)
     entry.parent.mkdir(parents=True, exist_ok=True)
+    for left in entry.parent.glob(".building-*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=entry.parent) as draft:
         out, text = Path(draft, "images.u16"), Path(draft, "index.json")
         while True:  # again without the bad files, or with the right size where the guess is wrong
@@ -898,7 +936,7 @@ def _index(root, rows, groups, images, windows, common, size):
     placed = {shape: _placed(shape, common, size) for shape, _ in images}
     sizes = Counter(shape for shape, _ in images)
     shifts, scales, lows, tops = zip(*windows, strict=True)
-    train = [scale for scale, (row, _) in zip(scales, groups, strict=True)
+    train = [window for window, (row, _) in zip(windows, groups, strict=True)
              if rows[row].split == "train"]  # fmt: skip
     splits = {}
     for split in SPLITS:
@@ -915,7 +953,8 @@ def _index(root, rows, groups, images, windows, common, size):
         "affine": _grid_affine(*place, common, size).tolist(),
         "common": common,
         "cut": cut,
-        "intensity_scale": float(np.median(train)),
+        "intensity_scale": float(np.median([scale for _, scale, *_ in train])),
+        "intensity_shift": float(np.median([shift for shift, *_ in train])),
         "fingerprint": hashlib.sha256(json.dumps([size, stamps]).encode()).hexdigest()[:32],
         "report": {
             "splits": splits,

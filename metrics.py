@@ -4,6 +4,7 @@ The reported SSIM is scikit-image's own; `utils.ssim` is the same number, for th
 validation on the device.
 """
 
+import contextlib
 import functools
 import gzip
 import io
@@ -17,14 +18,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
+from scipy.spatial.distance import cdist
 from skimage.metrics import structural_similarity
 from torch import nn
 from tqdm import tqdm
 
 import utils
+from utils import UserError
 
 BATCH = 32  # slices evaluated at a time
 CROP = 64  # pixels of a side that the network of the two-sample test learns from
+JUDGE_UPDATES = 200  # of that network
 
 
 def _batches(n, desc, share=slice(None)):
@@ -52,35 +56,35 @@ def reconstruct(model, split, device, desc=None, share=slice(None)):
 
 
 @torch.inference_mode()
-def encode(model, split, device, desc=None):
-    """Codes (N, h, w) int64 of a split, as numpy; arguments as `reconstruct`."""
-    parts = [
-        model.encode(
-            split.batch(np.arange(part.start, part.stop)).to(
-                device, memory_format=torch.channels_last
-            )
-        ).cpu()
-        for part in _batches(len(split), desc)
-    ]
-    return torch.cat(parts).numpy()
+def _mapped(network, images, device, desc=None):
+    """What a network makes of a split, or of images (N, H, W) in [0, 1], on the CPU."""
+    parts = []
+    for part in _batches(len(images), desc):
+        if isinstance(images, np.ndarray):
+            x = torch.from_numpy(np.ascontiguousarray(images[part], dtype=np.float32))[:, None]
+        else:
+            x = images.batch(np.arange(part.start, part.stop))
+        parts.append(network(x.to(device, memory_format=torch.channels_last)).cpu())
+    return torch.cat(parts)
 
 
-def split_codes(run_dir, data, name, device):
-    """Codes (N, h, w) int64 of a split under the VQ-VAE of a run, as numpy.
+def split_codes(run_dir, data, name, model, device):
+    """Codes (N, h, w) int64 of a split under a run's VQ-VAE, `model`, as numpy.
 
-    Read from RUN/codes where this VQ-VAE and these data made what is there; else made, and kept.
+    Read from RUN/codes where this VQ-VAE and these data made what is there; else made, and kept if
+    the run can be written to.
     """
     made_by = utils.file_hash(run_dir / "vq_vae" / "model.safetensors") + data.fingerprint
-    model = utils.load_model(run_dir, "vq_vae", device)
     shape = len(data[name]), *(n // model.config.downsample for n in data.size)
     stored = stored_codes(run_dir, name, model.config.n_embeddings)
     if stored is not None and stored[0] == made_by and stored[1].shape == shape:
         return stored[1]
-    codes = encode(model, data[name], device, f"encoding {name}")
+    codes = _mapped(model.encode, data[name], device, f"encoding {name}").numpy()
     small = codes.astype(np.min_scalar_type(model.config.n_embeddings - 1))
     arrays = {"codes": small, "labels": data[name].labels, "positions": data[name].positions}
     save = functools.partial(_save_npz, arrays=arrays | {"made_by": made_by})
-    utils.write_atomically(run_dir / "codes" / f"{name}.npz", save)
+    with contextlib.suppress(UserError):
+        utils.write_atomically(run_dir / "codes" / f"{name}.npz", save)
     return codes
 
 
@@ -274,29 +278,21 @@ def patient_interval(values, patients, seed=0, n_draws=2000):
 # ------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def features(model, images, device):
     """What the VQ-VAE's encoder sees in images (N, H, W) in [0, 1]: (N, 4 D) float64.
 
     Its output, averaged over each quarter of the slice.
     """
-    parts = []
-    for part in _batches(len(images), None):
-        x = torch.from_numpy(np.ascontiguousarray(images[part], dtype=np.float32))[:, None]
-        z = model.encoder(x.to(device, memory_format=torch.channels_last))
-        parts.append(F.adaptive_avg_pool2d(z.float(), 2).flatten(1).cpu())
-    return torch.cat(parts).double().numpy()
+
+    def quarters(x):
+        return F.adaptive_avg_pool2d(model.encoder(x).float(), 2).flatten(1)
+
+    return _mapped(quarters, images, device).double().numpy()
 
 
-@torch.inference_mode()
 def through(model, images, device):
     """Images (N, H, W) in [0, 1] -> their reconstructions (N, H, W), clipped."""
-    parts = []
-    for part in _batches(len(images), None):
-        x = torch.from_numpy(np.ascontiguousarray(images[part], dtype=np.float32))[:, None]
-        x_hat = model(x.to(device, memory_format=torch.channels_last))[0]
-        parts.append(x_hat[:, 0].float().clamp(0, 1).cpu())
-    return torch.cat(parts).numpy()
+    return _mapped(lambda x: model(x)[0][:, 0].float().clamp(0, 1), images, device).numpy()
 
 
 def frechet_distance(a, b):
@@ -358,11 +354,11 @@ def precision_recall(real, made, k=3):
     them than that one's k-th nearest neighbour. Precision is low if samples are bad, recall if they
     lack variety.
     """
-    between = np.sqrt(np.square(real[:, None] - made[None]).sum(-1))  # (R, M)
+    between = cdist(real, made)  # (R, M)
 
     def radii(points):
-        own = np.sqrt(np.square(points[:, None] - points[None]).sum(-1))
-        return np.sort(own, axis=1)[:, min(k, len(points) - 1)]  # the 0-th is the point itself
+        own = np.sort(cdist(points, points), axis=1)
+        return own[:, min(k, len(points) - 1)]  # the 0-th is the point itself
 
     precision = (between <= radii(real)[:, None]).any(0).mean()
     recall = (between <= radii(made)[None]).any(1).mean()
@@ -408,7 +404,7 @@ def pairwise_ssim(images, seed=0, n_pairs=512):
 
 
 def two_sample_accuracy(
-    made, real, real_groups, made_groups=None, seed=0, n_folds=4, n_updates=200, desc=None
+    made, real, real_groups, made_groups=None, seed=0, n_folds=4, desc=None
 ):
     """How well a small network tells made images from real ones that it has not seen.
 
@@ -430,7 +426,7 @@ def two_sample_accuracy(
             torch.manual_seed(seed + k)
             seen, held = (torch.from_numpy(np.flatnonzero(m)) for m in (fold != k, fold == k))
             if len(held):
-                network = _judge(x[seen], y[seen], n_updates)
+                network = _judge(x[seen], y[seen])
                 with torch.inference_mode():
                     right += int(((network(x[held])[:, 0] > 0) == y[held].bool()).sum())
     return _wilson(right, len(y))
@@ -442,7 +438,7 @@ def _folds(names, seed):
     return np.random.default_rng(seed).permutation(which.max() + 1)[which]
 
 
-def _judge(x, y, n_updates):
+def _judge(x, y):
     """A small convolutional classifier, trained on crops: what gives a sample away is texture."""
     layers, channels = [], 1
     for width in (16, 32, 64, 64):
@@ -451,7 +447,7 @@ def _judge(x, y, n_updates):
         channels = width
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1))
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
-    for _ in range(n_updates):
+    for _ in range(JUDGE_UPDATES):
         batch = torch.randint(len(x), (BATCH,))
         i, j = (int(torch.randint(max(1, n - CROP + 1), ())) for n in x.shape[2:])
         crops = x[batch, :, i : i + CROP, j : j + CROP]

@@ -235,7 +235,6 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("count", torch.full((n_embeddings,), 1 / n_embeddings))
         self.register_buffer("initialised", torch.tensor(not revive))
 
-    @torch.compiler.disable  # it moves buffers that the gradient still needs
     def forward(self, z):
         """Quantise z.
 
@@ -663,10 +662,11 @@ def _choose(logits, uniform, temperature, top_k):
     """(n, K) logits, (n,) uniform numbers -> (n,) codes: inverts the cumulative distribution."""
     if temperature == 0:
         return logits.argmax(1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(1, keepdim=True)) / temperature  # finite however cold
     if top_k is not None and top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, 1).values[:, -1:], -torch.inf)
     cumulative = logits.softmax(1).cumsum(1)
-    threshold = uniform[:, None] * cumulative[:, -1:]  # the sum is 1 up to rounding only
-    drawn = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    return drawn.clamp(max=logits.shape[1] - 1)
+    total = cumulative[:, -1:]  # 1 up to rounding only
+    threshold = torch.minimum(uniform[:, None] * total, total.nextafter(total.new_zeros(())))
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]

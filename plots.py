@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import textwrap
 
 import matplotlib
 
@@ -28,12 +29,14 @@ TITLES = {
 }
 
 
-def _title(config, text):
-    """`text` with the data it shows, so that no picture of a phantom passes for a patient."""
-    return f"{utils.data_name(config)}: {text}"
+def _save(figure, path, config, text):
+    """Write a figure whose title names the data, so that no phantom passes for a patient."""
+    title = textwrap.fill(f"{utils.data_name(config)}: {text}", int(11 * figure.get_figwidth()))
+    figure.suptitle(title)
+    _write(figure, path)
 
 
-def _save(figure, path):
+def _write(figure, path):
     utils.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
     plt.close(figure)
 
@@ -41,7 +44,8 @@ def _save(figure, path):
 def picks(n, k):
     """At most k of the indices below n, from all over, at varied positions in their volumes."""
     k = min(n, k)
-    return [int((i + 0.618 * i % 1) * n / k) for i in range(k)]
+    # each a step of at least 1 behind the last, so that none is picked twice
+    return [i + int((i + 0.618 * i % 1) * (n - k) / k) for i in range(k)]
 
 
 def curves(log, path, config):
@@ -59,15 +63,16 @@ def curves(log, path, config):
     for axis, name in zip(axes.flat, names, strict=False):
         for part, style in (("train", "C0-"), ("validate", "C1.-")):
             if name in log[-1][part]:
-                x, y = zip(*((e["update"], e[part][name]) for e in log), strict=True)
+                x, y = zip(
+                    *((e["update"], e[part][name]) for e in log if name in e[part]), strict=True
+                )
                 axis.plot(x, y, style, label={"train": "training", "validate": "validation"}[part])
         axis.set(title=TITLES[name], xlabel="update")
         axis.grid(alpha=0.3)
         axis.legend()
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
-    figure.suptitle(_title(config, f"training of the {config['stage']}"))
-    _save(figure, path)
+    _save(figure, path, config, f"training of the {config['stage']}")
 
 
 def _panels(rows, columns, size, width=1.6):
@@ -97,8 +102,7 @@ def reconstructions(x, x_hat, titles, path, config, protocol):
         axis.set_ylabel(text)
     figure.colorbar(shown, ax=axes[2], label="reconstruction - slice", fraction=0.05, aspect=12)
     text = f"reconstructions of the {protocol['split']} split, from worst to best"
-    figure.suptitle(_title(config, text))
-    _save(figure, path)
+    _save(figure, path, config, text)
 
 
 def code_colours(codebook):
@@ -122,8 +126,7 @@ def codes(x, maps, codebook, path, config):
         axes[1, i].imshow(colours[maps[i]], interpolation="nearest")
     axes[0, 0].set_ylabel("slice")
     axes[1, 0].set_ylabel(f"codes, {maps.shape[1]} x {maps.shape[2]}")
-    figure.suptitle(_title(config, "code maps (colour: principal axes of the codebook)"))
-    _save(figure, path)
+    _save(figure, path, config, "code maps (colour: principal axes of the codebook)")
 
 
 def samples(images, path, config, note):
@@ -134,8 +137,7 @@ def samples(images, path, config, note):
         axis.set_axis_off()
     for axis, image in zip(axes.flat, images, strict=False):
         axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-    figure.suptitle(_title(config, f"generated slices ({note})"))
-    _save(figure, path)
+    _save(figure, path, config, f"generated slices ({note})")
 
 
 def surprise(x, bits, bodies, path, config):
@@ -157,8 +159,7 @@ def surprise(x, bits, bodies, path, config):
     axes[0, 0].set_ylabel("slice")
     axes[1, 0].set_ylabel("surprise")
     figure.colorbar(shown, ax=axes[1], label="bits per code", fraction=0.05, aspect=12)
-    figure.suptitle(_title(config, "what the prior did not expect, -log2 p of each code"))
-    _save(figure, path)
+    _save(figure, path, config, "what the prior did not expect, -log2 p of each code")
 
 
 def completions(whole, hidden, drawn, path, config, note):
@@ -177,8 +178,7 @@ def completions(whole, hidden, drawn, path, config, note):
     for axis, text in zip(axes[0], ["reconstruction", "given"], strict=False):
         axis.set_title(text, fontsize=9)
     axes[0, 2].set_title("drawn inside the line", fontsize=9, loc="left")
-    figure.suptitle(_title(config, f"completions ({note})"))
-    _save(figure, path)
+    _save(figure, path, config, f"completions ({note})")
 
 
 def nearest(images, neighbours, ssim, numbers, path, config):
@@ -194,14 +194,14 @@ def nearest(images, neighbours, ssim, numbers, path, config):
     for axis, text in zip(axes[:, 0], ("sample", "training slice", "difference"), strict=True):
         axis.set_ylabel(text)
     figure.colorbar(shown, ax=axes[2], label="sample - slice", fraction=0.05, aspect=12)
-    figure.suptitle(_title(config, "the samples most like a training slice, and that slice"))
-    _save(figure, path)
+    _save(figure, path, config, "the samples most like a training slice, and that slice")
 
 
 def by_place(ssim, positions, patients, path, config):
     """SSIM of each slice by its position in the volume, and by patient (at most 40 of them)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.plot(positions, ssim, "C0.", markersize=3, alpha=0.6)
+    known = positions >= 0
+    left.plot(positions[known], ssim[known], "C0.", markersize=3, alpha=0.6)
     left.set(xlabel="relative position in the volume", ylabel="SSIM", title="by position")
     names = np.unique(patients)
     shown = names[:40]
@@ -210,8 +210,7 @@ def by_place(ssim, positions, patients, path, config):
     right.set_xticks(range(1, len(shown) + 1), [name[-10:] for name in shown], rotation=90)
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    figure.suptitle(_title(config, "SSIM of reconstructions"))
-    _save(figure, path)
+    _save(figure, path, config, "SSIM of reconstructions")
 
 
 def usage(counts, path, config):
@@ -224,8 +223,7 @@ def usage(counts, path, config):
     axis.legend()
     axis.grid(alpha=0.3)
     used = int((counts > 0).sum())
-    figure.suptitle(_title(config, f"usage of the codebook, {used} of {len(counts)} codes"))
-    _save(figure, path)
+    _save(figure, path, config, f"usage of the codebook, {used} of {len(counts)} codes")
 
 
 def interpolations(images, path, config):
@@ -236,8 +234,7 @@ def interpolations(images, path, config):
         for j, (axis, image) in enumerate(zip(row, of_row, strict=True)):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1)
             axis.set_title(f"{j / (columns - 1):.2f}", fontsize=9)
-    figure.suptitle(_title(config, "between two slices, a straight line between their codes"))
-    _save(figure, path)
+    _save(figure, path, config, "between two slices, a straight line between their codes")
 
 
 def data_set(data, out):
@@ -262,8 +259,8 @@ def data_set(data, out):
     bars.set(yscale="log", xlabel="intensity in use", ylabel="density of pixels", title=data.name)
     bars.legend()
     sheet.suptitle(data.describe(), fontsize=8)
-    _save(sheet, out / "contact_sheet.png")
-    _save(histogram, out / "histogram.png")
+    _write(sheet, out / "contact_sheet.png")
+    _write(histogram, out / "histogram.png")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -278,9 +275,10 @@ figure { margin: 1rem 0; break-inside: avoid; }
 figcaption { font-size: 0.9rem; color: #444; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; } td, th { padding: 0.2rem 0.8rem 0.2rem 0; text-align: left; }
-tr { border-bottom: 1px solid #ddd; } td.number { text-align: right; }
+tr { border-bottom: 1px solid #ddd; }
 .phantom { background: #fe9; padding: 0.5rem; }
 pre { font-size: 0.8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+@media print { .wide { overflow-x: visible; } body { font-size: 11px; padding: 0; } }
 """
 CAPTIONS = {
     "reconstructions": "Slices, what is left of them after coding, and the difference.",
@@ -354,7 +352,7 @@ def report(result, config, out, run_dir):
         f'content="width=device-width, initial-scale=1"><title>{name}</title>'
         f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
-    utils.write_atomically(out / "report.html", lambda path: path.write_text(page))
+    utils.write_atomically(out / "report.html", lambda path: path.write_text(page, encoding="utf8"))
 
 
 def _pictures(out, *names):

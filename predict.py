@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -28,6 +29,7 @@ import dataset
 import metrics
 import plots
 import utils
+from modules import VQVAE, GatedPixelCNN
 from utils import UserError
 
 N_SHOWN = 8  # slices in most figures
@@ -36,7 +38,7 @@ N_PACKED = 32  # slices packed by other codecs
 N_JUDGED = 512  # samples at most that are compared with real slices
 WRITTEN = ["metrics.json", "report.html", "per_slice.csv", "surprise/[0-9]*_*.nii.gz"]
 WRITTEN += [f"{name}.png" for name in plots.CAPTIONS]
-SAMPLE = re.compile(r"sample_(\d{5,})\.(nii\.gz|png)")
+SAMPLE = re.compile(r"sample_\d{5,}\.(nii\.gz|png)")
 UNFINISHED = ".unfinished"  # folder for what a call has written until it is done
 PROTOCOL = {
     "images": "float32 in [0, 1]; reconstructions clipped to it",
@@ -46,7 +48,22 @@ PROTOCOL = {
     "ssim_body": "mean of the SSIM map where the slice shows body; slices without any left out",
     "psnr": "10 log10(1 / mean squared error) in dB, mean over slices",
     "interval": "95 %, bootstrap over patients, 2000 draws",
+    "body": "largest region above 0.05 after a 3 x 3 mean, holes filled",
     "bits_per_code": "mean over slices of -log2 p(code | codes before it, label, position)",
+    "rate": f"best quality whose 8-bit file, headers included, fits; else the worst; {N_PACKED} "
+    "slices",
+    "samples": f"the first {N_JUDGED} at most, against as many slices of the split; real: training "
+    "slices; reconstructions: of the split's slices",
+    "wasserstein": "per Laplacian level, fine to coarse: 64 patches of 7 x 7 per slice, 256 "
+    "directions, times 1000",
+    "frechet": "of the encoder's output, averaged over each quarter of the slice",
+    "precision, recall": "3 nearest neighbours, in the same features",
+    "best_match_ssim": "nearest slice of the split: best SSIM among the 16 of least squared "
+    "difference at a quarter of the resolution",
+    "copies": "as near to a training slice as 95 % of training slices are to their reconstructions",
+    "two_sample_accuracy": "4 folds, by patient; a network of four strided convolutions, "
+    f"{metrics.JUDGE_UPDATES} updates on crops of {metrics.CROP}; Wilson interval, which "
+    "takes slices for independent",
 }
 
 
@@ -87,10 +104,11 @@ def parser():
     sample.add_argument(
         "--top_k", type=utils.at_least(1), metavar="K", help="draw among the K likeliest codes only"
     )
-    sample.add_argument("--label", metavar="L", help="class to draw (default: any)")
+    sample.add_argument("--label", metavar="L", help="class to draw, or of --input (default: any)")
     sample.add_argument(
         "--position", type=fraction, metavar="X",
-        help="place in the volume to draw, 0 to 1 (default: those of the training slices)",
+        help="place in the volume to draw, or of --input, 0 to 1 (default: those of the training "
+        "slices, and unknown)",
     )
     utils.add_seed(sample)
     utils.add_runtime_arguments(p, precision=False)
@@ -104,6 +122,22 @@ def fraction(text):
     return value
 
 
+@dataclass
+class Call:
+    """What all parts of a call to predict.py share."""
+
+    args: argparse.Namespace
+    run_dir: Path
+    device: torch.device
+    config: dict  # of stage 1
+    shown: dict  # the same, with the name of the data that is scored, for titles
+    vq_vae: VQVAE
+    prior: GatedPixelCNN | None
+    split: dataset.SliceSplit  # that is scored
+    out: Path  # where files are written until all is done
+    result: dict  # what goes into metrics.json
+
+
 def main():
     args = parser().parse_args()
     with utils.joined(args.device) as device, contextlib.ExitStack() as held:
@@ -114,10 +148,11 @@ def predict(args, device, held):
     """The command; `held` keeps the lock of the folder that is written to."""
     run_dir = Path(args.run_dir)
     config = utils.load_config(run_dir, "vq_vae")
-    models = utils.load_model(run_dir, "vq_vae", device), load_prior(run_dir, device)
+    vq_vae, prior = utils.load_model(run_dir, "vq_vae", device), load_prior(run_dir, device)
     label = pick_label(args.label, config["data"]["classes"])
     if args.input:
-        data = dataset.load_alone(args.input, config["data"]["size"])
+        of_all = args.label, -1.0 if args.position is None else args.position
+        data = dataset.load_alone(args.input, config["data"]["size"], *of_all)
         args.split, args.n_samples = "input", 0
     else:
         arguments = utils.data_arguments(args, dataset.load, config["data"]["arguments"])
@@ -128,20 +163,6 @@ def predict(args, device, held):
     print(data.describe())
     check_size(run_dir, config, data.size)
     final = Path(args.out or run_dir / ("input" if args.input else "predict"))
-    out = final / UNFINISHED  # so that a call that fails leaves the results of the last one alone
-    has_samples = models[1] is not None and args.n_samples > 0
-    with utils.first_goes_first():
-        learned = training_data(config, data) if has_samples else None
-    draw = functools.partial(
-        draw_samples, args, models, label, learned or data, run_dir, device, out, config
-    )
-    if utils.processes()[0] > 0:  # all but the first help with the samples only
-        if has_samples:
-            draw()
-        return
-    held.enter_context(utils.only_one(final / ".lock"))
-    utils.make_folder(out)
-    remove(out, WRITTEN)
     result = {
         "reconstruction": None,
         "codebook": None,
@@ -154,29 +175,42 @@ def predict(args, device, held):
         "versions": utils.versions(),
     }
     names = {"name": data.name, "is_phantom": data.is_phantom}
-    shown = config | {"data": config["data"] | names}  # for what is of `data`, not of the run's own
-    codes, labels = score(args, models, data, run_dir, shown, device, out, result)
+    call = Call(
+        args, run_dir, device, config, config | {"data": config["data"] | names}, vq_vae, prior,
+        data[args.split], final / UNFINISHED, result,
+    )  # fmt: skip
+    has_samples = prior is not None and args.n_samples > 0
+    with utils.first_goes_first():
+        learned = training_data(call, data) if has_samples else None
+    if utils.processes()[0] > 0:  # all but the first help with the samples only
+        if has_samples:
+            draw_samples(call, label, learned or data)
+        return
+    held.enter_context(utils.only_one(final / ".lock"))
+    utils.make_folder(call.out)  # so that a call that fails leaves the results of the last one
+    remove(call.out, WRITTEN)
+    codes, labels = score(call, data)
+    folder = None
     if has_samples:
-        images, result["samples"], folder = draw()
+        images, folder = draw_samples(call, label, learned or data)
         if learned is not None:
-            split = data[args.split]
-            judge_samples(
-                images, models[0], learned["train"], split, config, device, out, result, args.seed
-            )
-        complete(args, models, codes, labels, data[args.split], shown, device, out)
-    utils.write_json(out / "metrics.json", result)
-    plots.report(result, shown, out, run_dir)
-    publish(out, final, folder if has_samples else None, args.n_samples)
+            judge_samples(call, images, learned["train"])
+        complete(call, codes, labels)
+    utils.write_json(call.out / "metrics.json", result)
+    plots.report(result, call.shown, call.out, run_dir)
+    publish(call.out, final, folder)
     summarise(result, final, data, args.split)
 
 
-def training_data(config, data):
+def training_data(call, data):
     """The slices a run learned from: `data` if it is they; None where they are not to be found."""
-    if data.fingerprint == config["data"]["fingerprint"]:
+    its = call.config["data"]
+    if data.fingerprint == its["fingerprint"]:
         return data
+    here = {k: v for k, v in vars(call.args).items() if k in ("cache_dir", "workers")}
     try:
-        learned = dataset.load(**{"data": "phantom"} | config["data"]["arguments"])
-        if learned.fingerprint == config["data"]["fingerprint"]:
+        learned = dataset.load(**{"data": "phantom"} | its["arguments"] | here)
+        if learned.fingerprint == its["fingerprint"]:
             return learned
         why = "they have changed"
     except UserError as error:
@@ -186,29 +220,30 @@ def training_data(config, data):
     return None
 
 
-def score(args, models, data, run_dir, config, device, out, result):
+def score(call, data):
     """All that is known of the slices of a split; returns their codes (N, h, w) and labels (N,)."""
-    vq_vae, prior = models
-    split = data[args.split]
-    rows, codes = score_reconstructions(vq_vae, split, config, device, out, result)
-    labels = known_labels(split, config["data"]["classes"])
+    split, prior, result = call.split, call.prior, call.result
+    rows, codes = score_reconstructions(call)
+    labels = known_labels(split, call.config["data"]["classes"])
     if prior is not None:
-        bits = score_prior(prior, codes, labels, split.positions, device, result)
+        bits = score_prior(call, codes, labels)
         for row, of_slice in zip(rows, bits, strict=True):
             row["bits"] = float(of_slice.sum(dtype=np.float64))
             row["bits_per_code"] = row["bits"] / of_slice.size
         train_codes = None
-        if data.fingerprint == config["data"]["fingerprint"]:
-            train_codes = metrics.split_codes(run_dir, data, "train", device)
-        elif stored := metrics.stored_codes(run_dir, "train", prior.config.n_embeddings):
-            train_codes = stored[1]
+        if data.fingerprint == call.config["data"]["fingerprint"]:
+            train_codes = metrics.split_codes(
+                call.run_dir, data, "train", call.vq_vae, call.device
+            )
+        elif stored := metrics.stored_codes(call.run_dir, "train", prior.config.n_embeddings):
+            train_codes = stored[1] if stored[1].shape[1:] == prior.config.size else None
         if train_codes is not None:
             result["prior"]["bits_per_code_without_network"] = metrics.known_code_bits(
                 train_codes, codes.numpy(), prior.config.n_embeddings
             )
-        write_surprise(bits, split, data, config, out, args.n_maps)
-    write_rows(out / "per_slice.csv", split, rows)
-    compare_rate(codes, rows, split, vq_vae.config.n_embeddings, result)
+        write_surprise(call, bits, data)
+    write_rows(call.out / "per_slice.csv", split, rows)
+    compare_rate(call, codes, rows)
     return codes, labels
 
 
@@ -218,9 +253,8 @@ def remove(folder, patterns):
 
 
 def samples_in(folder):
-    """{file of a sample: its number}; whatever else is in the folder is not ours."""
-    found = {path: SAMPLE.fullmatch(path.name) for path in sorted(folder.glob("sample_*"))}
-    return {path: int(match[1]) for path, match in found.items() if match}
+    """The files of samples; whatever else is in the folder is not ours."""
+    return [path for path in sorted(folder.glob("sample_*")) if SAMPLE.fullmatch(path.name)]
 
 
 def remove_samples(folder):
@@ -229,7 +263,7 @@ def remove_samples(folder):
         path.unlink()
 
 
-def publish(out, final, folder, n_samples):
+def publish(out, final, folder):
     """Move what this call wrote from `out` to `final`, in place of what an earlier one had.
 
     Args:
@@ -258,12 +292,7 @@ def publish(out, final, folder, n_samples):
             for path in samples_in(folder):
                 move(path)
             move(folder / "settings.json")
-        if folder is not None:
-            for path, i in samples_in(final / "samples").items():
-                if i >= n_samples:
-                    path.unlink()
-            shutil.rmtree(out)
-        elif not (out / "samples").exists():  # else of a call that may yet go on
+        if folder is not None or not (out / "samples").exists():  # else a call may yet go on
             shutil.rmtree(out)
     except OSError as error:
         message = f"{error.filename or final}: cannot be replaced ({error.strerror})"
@@ -281,23 +310,25 @@ def check_size(run_dir, config, size):
 
 
 def load_prior(run_dir, device):
-    """The prior of a run, trained on the codes of its VQ-VAE; None where there is none yet."""
+    """The prior of a run, if it is of the codes of its VQ-VAE; else None, and a note."""
+    note = "note: {}, so no samples are drawn; to train one run: python train.py --mode pixelcnn"
+    note += f" --run_dir {run_dir}"
     if not (run_dir / "pixelcnn" / "model.safetensors").exists():
-        print(
-            f"note: {run_dir} has no prior, so no samples are drawn; to train one run: "
-            f"python train.py --mode pixelcnn --run_dir {run_dir}",
-            file=sys.stderr,
-        )
+        print(note.format(f"{run_dir} has no prior"), file=sys.stderr)
         return None
     first, config = (utils.load_config(run_dir, stage) for stage in utils.STAGES)
-    f, k = first["model"].get("downsample", 8), first["model"].get("n_embeddings", 512)
+    f, k = first["model"]["downsample"], first["model"]["n_embeddings"]
     belongs = config["model"].get("size") == [n // f for n in first["data"]["size"]]
     belongs &= config["model"].get("n_embeddings") == k
     belongs &= config["model"].get("n_classes", 0) == len(first["data"]["classes"])
     made_for = utils.file_hash(run_dir / "vq_vae" / "model.safetensors")
-    if not belongs or config["vq_vae"] != made_for:
+    if config["vq_vae"] != made_for:
+        why = f"the prior of {run_dir} was trained on the codes of another VQ-VAE than is there now"
+        print(note.format(why) + " --fresh", file=sys.stderr)
+        return None
+    if not belongs:
         raise UserError(
-            f"{run_dir}/pixelcnn: trained on codes of another VQ-VAE than {run_dir}/vq_vae; run: "
+            f"{run_dir}/pixelcnn/config.json: not of the codes of {run_dir}/vq_vae; run: "
             f"python train.py --mode pixelcnn --run_dir {run_dir} --fresh"
         )
     return utils.load_model(run_dir, "pixelcnn", device)
@@ -313,24 +344,23 @@ def pick_label(name, classes):
     return classes.index(name)
 
 
-def score_reconstructions(vq_vae, split, config, device, out, result):
-    """Reconstruct `split`, draw its figures; returns a row per slice and the codes (N, h, w)."""
-    rows, codes = [], []
-    for x, x_hat, c in metrics.reconstruct(vq_vae, split, device, "reconstructing"):
+def score_reconstructions(call):
+    """Reconstruct the split; returns a row per slice and the codes (N, h, w)."""
+    split, rows, codes = call.split, [], []
+    for x, x_hat, c in metrics.reconstruct(call.vq_vae, split, call.device, "reconstructing"):
         pairs = zip(x[:, 0].numpy(), x_hat[:, 0].numpy(), strict=True)
         rows += [metrics.slice_scores(*pair) for pair in pairs]
         codes.append(c)
     codes = torch.cat(codes)
     values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    patients, n = np.array(split.patients), len(rows)
-    figures = {}
+    patients, figures = np.array(split.patients), {}
     for name, value in values.items():
         known = ~np.isnan(value)
         figures[f"{name}_mean"] = float(value[known].mean()) if known.any() else None
         figures[f"{name}_std"] = float(value[known].std()) if known.any() else None
         figures[f"{name}_ci95"] = metrics.patient_interval(value[known], patients[known])
-    result["reconstruction"] = figures | {
-        "n_slices": n,
+    call.result["reconstruction"] = figures | {
+        "n_slices": len(rows),
         "n_patients": len(set(split.patients)),
         "per_patient": {
             p: {
@@ -340,30 +370,37 @@ def score_reconstructions(vq_vae, split, config, device, out, result):
             for p in sorted(set(split.patients))
         },
     }
-    result["codebook"] = metrics.usage(codes, vq_vae.config.n_embeddings)
+    call.result["codebook"] = metrics.usage(codes, call.vq_vae.config.n_embeddings)
+    draw_reconstructions(call, values["ssim"], codes)
+    return rows, codes
 
+
+def draw_reconstructions(call, ssim, codes):
+    """The figures of stage 1, of ssim (N,) and codes (N, h, w) of the split."""
+    split, vq_vae, out, config, n = call.split, call.vq_vae, call.out, call.shown, len(codes)
     ranks = np.unique(np.linspace(0, n - 1, min(n, N_RANKED)).round().astype(int))
-    shown = np.argsort(values["ssim"], kind="stable")[ranks]
+    shown = np.argsort(ssim, kind="stable")[ranks]
     x = split.batch(shown)[:, 0].numpy()
-    titles = [f"SSIM {values['ssim'][i]:.3f}" for i in shown]
-    titles[0] = f"worst, {titles[0]}"
-    titles[-1] = f"best, {titles[-1]}"
-    if len(ranks) == N_RANKED:
-        titles[N_RANKED // 2] = f"median, {titles[N_RANKED // 2]}"
-    again = metrics.through(vq_vae, x, device)
-    plots.reconstructions(x, again, titles, out / "reconstructions.png", config, result["protocol"])
+    titles = [f"SSIM {ssim[i]:.3f}" for i in shown]
+    if n > 1:
+        titles[0], titles[-1] = f"worst, {titles[0]}", f"best, {titles[-1]}"
+    if len(ranks) % 2 and n > 2:
+        titles[len(ranks) // 2] = f"median, {titles[len(ranks) // 2]}"
+    again = metrics.through(vq_vae, x, call.device)
+    path, protocol = out / "reconstructions.png", call.result["protocol"]
+    plots.reconstructions(x, again, titles, path, config, protocol)
     shown = plots.picks(n, N_SHOWN)
     codebook = vq_vae.quantizer.codebook.detach().cpu().numpy()
     x = split.batch(shown)[:, 0].numpy()
     plots.codes(x, codes[shown].numpy(), codebook, out / "codes.png", config)
-    plots.by_place(values["ssim"], split.positions, patients, out / "ssim.png", config)
+    patients = np.array(split.patients)
+    plots.by_place(ssim, split.positions, patients, out / "ssim.png", config)
     counts = np.bincount(codes.numpy().ravel(), minlength=vq_vae.config.n_embeddings)
     plots.usage(counts, out / "usage.png", config)
     ends = plots.picks(n, 4)
     if len(ends) == 4:
-        images = interpolate(vq_vae, codes[ends], device)
+        images = interpolate(vq_vae, codes[ends], call.device)
         plots.interpolations(images, out / "interpolations.png", config)
-    return rows, codes
 
 
 @torch.inference_mode()
@@ -395,13 +432,15 @@ def known_labels(split, classes):
     return np.array([classes.index(s.label) if s.label in classes else -1 for s in split.slices])
 
 
-def score_prior(prior, codes, labels, positions, device, result):
+def score_prior(call, codes, labels):
     """Bits of every code (N, h, w) under the prior."""
-    given = torch.from_numpy(labels), torch.from_numpy(positions)
-    bits = metrics.code_bits(prior, codes, *given, device, "likelihood of codes")
-    mean, n = float(bits.mean(dtype=np.float64)), codes[0].numel()
-    result["prior"] = {
+    given = torch.from_numpy(labels), torch.from_numpy(call.split.positions)
+    bits = metrics.code_bits(call.prior, codes, *given, call.device, "likelihood of codes")
+    of_slice = bits.mean((1, 2), dtype=np.float64)
+    mean, n = float(of_slice.mean()), codes[0].numel()
+    call.result["prior"] = {
         "bits_per_code": mean,
+        "bits_per_code_ci95": metrics.patient_interval(of_slice, call.split.patients),
         "bits_per_slice": mean * n,
         "codes_per_slice": n,
         "bits_per_code_without_network": None,
@@ -409,28 +448,30 @@ def score_prior(prior, codes, labels, positions, device, result):
     return bits
 
 
-def compare_rate(codes, rows, split, n_embeddings, result):
+def compare_rate(call, codes, rows):
     """Bits per slice of the codes, and what picture formats make of as many."""
+    split = call.split
     some = plots.picks(len(split), N_PACKED)
-    bits = codes[0].numel() * math.log2(n_embeddings)
-    result["rate"] = {
+    bits = codes[0].numel() * math.log2(call.vq_vae.config.n_embeddings)
+    call.result["rate"] = {
         "bits_per_slice": bits,
-        "bits_per_slice_under_the_prior": (result["prior"] or {}).get("bits_per_slice"),
+        "bits_per_slice_under_the_prior": (call.result["prior"] or {}).get("bits_per_slice"),
         "n_slices": len(some),
         "ssim_of_these": float(np.mean([rows[i]["ssim"] for i in some])),
         "at_as_many_bits": metrics.codec_ssim(split.batch(some)[:, 0].numpy(), bits),
     }
 
 
-def write_surprise(bits, split, data, config, out, n_maps):
+def write_surprise(call, bits, data):
     """Maps of bits per code: a figure of some slices, and NIfTI files that lie on theirs."""
+    split = call.split
     shown = plots.picks(len(split), N_SHOWN)
     x = split.batch(shown)[:, 0].numpy()
     bodies = [metrics.body_mask(image) for image in x]
-    plots.surprise(x, bits[shown], bodies, out / "surprise.png", config)
-    folder, f = out / "surprise", config["model"]["downsample"]
+    plots.surprise(x, bits[shown], bodies, call.out / "surprise.png", call.shown)
+    folder, f = call.out / "surprise", call.vq_vae.config.downsample
     utils.make_folder(folder)
-    for i in plots.picks(len(split), n_maps):
+    for i in plots.picks(len(split), call.args.n_maps):
         item = split.slices[i]
         whole = bits[i].repeat(f, 0).repeat(f, 1)
         path = folder / f"{i:05d}_{Path(item.path).name.split('.')[0]}.nii.gz"
@@ -445,10 +486,10 @@ def save_nifti(image, affine, path, description):
     utils.write_atomically(path, lambda temporary: temporary.write_bytes(packed))
 
 
-def complete(args, models, codes, labels, split, config, device, out, n_draws=4):
+def complete(call, codes, labels, n_draws=4):
     """Draw what is hidden of a few slices, from what is left, and show it."""
-    vq_vae, prior = models
-    h, w = prior.config.size
+    args, split, vq_vae = call.args, call.split, call.vq_vae
+    h, w = call.prior.config.size
     lower, middle = torch.zeros(2, h, w, dtype=torch.bool)
     lower[h // 2 :] = True
     middle[h // 4 : h - h // 4, w // 4 : w - w // 4] = True
@@ -457,7 +498,7 @@ def complete(args, models, codes, labels, split, config, device, out, n_draws=4)
     which = np.repeat([i for i, _ in rows], n_draws)
     n = len(which)
     generators = [utils.generator(args.seed, i) for i in range(n)]
-    drawn = prior.sample(
+    drawn = call.prior.sample(
         n,
         label=torch.from_numpy(labels[which]),
         temperature=args.temperature,
@@ -468,16 +509,16 @@ def complete(args, models, codes, labels, split, config, device, out, n_draws=4)
         depth=split.positions[which],
     )
     with torch.inference_mode():
-        whole = vq_vae.decode(codes[[i for i, _ in rows]].to(device))
+        whole = vq_vae.decode(codes[[i for i, _ in rows]].to(call.device))
         images = torch.cat([whole, vq_vae.decode(drawn)]).clamp(0, 1)[:, 0].cpu().numpy()
-    f = config["model"]["downsample"]
+    f = vq_vae.config.downsample
     hidden = torch.stack([hidden for _, hidden in rows]).numpy().repeat(f, 1).repeat(f, 2)
     plots.completions(
         images[: len(rows)],
         hidden,
         images[len(rows) :].reshape(len(rows), n_draws, *images.shape[1:]),
-        out / "completions.png",
-        config,
+        call.out / "completions.png",
+        call.shown,
         sampling_note(args),
     )
 
@@ -487,15 +528,21 @@ def sampling_note(args):
     return note + (f", top {args.top_k}" if args.top_k else "")
 
 
-def draw_samples(args, models, label, data, run_dir, device, out, config):
+def draw_samples(call, label, data):
     """Sample slices, each written as NIfTI and PNG as soon as it is drawn; figure of the first.
 
     Samples that an earlier call with the same models and settings has written, finished or not, are
-    left as they are. Under torchrun each process draws its share. Returns the first `N_JUDGED`
-    (N, H, W) in [0, 1], what metrics.json says of how they were drawn, and their folder.
+    left as they are. Under torchrun each process draws its share.
+
+    Args:
+        label: number of the class to draw, -1 for any. data: that the samples are to be like.
+    Returns:
+        images: the first `N_JUDGED` (N, H, W) in [0, 1]. folder: where all of them are.
     """
-    vq_vae, prior = models
-    made_by = [utils.file_hash(run_dir / stage / "model.safetensors") for stage in utils.STAGES]
+    args, prior, out = call.args, call.prior, call.out
+    made_by = [
+        utils.file_hash(call.run_dir / stage / "model.safetensors") for stage in utils.STAGES
+    ]
     names = ("temperature", "guidance", "top_k", "label", "position")
     settings = {name: getattr(args, name) for name in names}
     stamp = {"models": made_by, "seed": args.seed, "data": data.fingerprint, **settings}
@@ -514,9 +561,9 @@ def draw_samples(args, models, label, data, run_dir, device, out, config):
     depths = data["train"].positions
     if args.position is not None:
         depths = np.array([args.position], np.float32)
-    name = f"generated, no patient; like {utils.data_name(config)}"
+    name = f"generated, no patient; like {utils.data_name(call.config)}"
     start, rows = time.perf_counter(), prior.config.size[0]
-    images = [np.empty((0, *config["data"]["size"]), np.float32)]
+    images = [np.empty((0, *data.size), np.float32)]
     share = utils.share(args.n_samples)
     batches = range(share.start, share.stop, metrics.BATCH)
     bar = tqdm(total=len(batches) * rows, desc="sampling", unit="row")
@@ -541,7 +588,7 @@ def draw_samples(args, models, label, data, run_dir, device, out, config):
             progress=bar.update,
         )
         with torch.inference_mode():
-            drawn = vq_vae.decode(codes).clamp(0, 1)[:, 0].cpu().numpy()
+            drawn = call.vq_vae.decode(codes).clamp(0, 1)[:, 0].cpu().numpy()
         for image, path, picture in zip(drawn, paths, pictures, strict=True):
             if not (path.exists() and picture.exists()):
                 save_nifti(in_units(image, data), data.affine, path, name)
@@ -555,17 +602,20 @@ def draw_samples(args, models, label, data, run_dir, device, out, config):
     note += f", label {args.label}" if args.label else ""
     note += f", position {args.position:g}" if args.position is not None else ""
     if utils.processes()[0] == 0:
-        plots.samples(images[:32], out / "samples.png", config, note)
+        plots.samples(images[:32], out / "samples.png", call.config, note)
     seconds = round(time.perf_counter() - start, 2)
-    return images, {"n": args.n_samples, "seconds": seconds, **settings}, folder
+    call.result["samples"] = {"n": args.n_samples, "seconds": seconds, **settings}
+    return images, folder
 
 
-def judge_samples(images, vq_vae, learned, split, config, device, out, result, seed):
+def judge_samples(call, images, learned):
     """Are the samples good, varied, new? Each figure beside that of as many real slices.
 
     The yardstick "real" are the slices `learned` from, judged against the split as the samples are;
     for novelty, slices of the split, looked up among the learned ones as the samples are.
     """
+    split, vq_vae, seed, device = call.split, call.vq_vae, call.args.seed, call.device
+    result = call.result["samples"]
     n = min(len(images), len(split), len(learned), N_JUDGED)
     if n < 8:
         print(
@@ -588,26 +638,25 @@ def judge_samples(images, vq_vae, learned, split, config, device, out, result, s
     features = {name: metrics.features(vq_vae, x, device) for name, x in seen.items()}
     of_held = metrics.features(vq_vae, held, device)
 
-    result["samples"]["judged"] = n
-    for name, measure in (
-        ("wasserstein", lambda x, f: metrics.sliced_wasserstein(x, held, seed)),
-        ("frechet", lambda x, f: metrics.frechet_distance(f, of_held)),
-        ("precision", lambda x, f: metrics.precision_recall(of_held, f)[0]),
-        ("recall", lambda x, f: metrics.precision_recall(of_held, f)[1]),
-        ("pairwise_ssim", lambda x, f: metrics.pairwise_ssim(x, seed)),
-    ):
-        result["samples"][name] = {kind: measure(seen[kind], features[kind]) for kind in seen}
-    best = {
-        kind: metrics.nearest(seen[kind], split, desc=f"best match of {kind}")[1]
-        for kind in ("samples", "real")
+    result["judged"] = n
+    among = {kind: metrics.precision_recall(of_held, f) for kind, f in features.items()}
+    result |= {
+        "wasserstein": {k: metrics.sliced_wasserstein(x, held, seed) for k, x in seen.items()},
+        "frechet": {k: metrics.frechet_distance(f, of_held) for k, f in features.items()},
+        "precision": {kind: precision for kind, (precision, _) in among.items()},
+        "recall": {kind: recall for kind, (_, recall) in among.items()},
+        "pairwise_ssim": {k: metrics.pairwise_ssim(x, seed) for k, x in seen.items()},
+        "best_match_ssim": {
+            kind: float(metrics.nearest(x, split, desc=f"best match of {kind}")[1].mean())
+            for kind, x in (("samples", made), ("real", train))
+        },
     }
-    result["samples"]["best_match_ssim"] = {kind: float(x.mean()) for kind, x in best.items()}
 
     nearest, ssim = metrics.nearest(images, learned, desc="nearest training slice")
     _, of_real = metrics.nearest(held, learned, desc="the same for real slices")
     own = [metrics.slice_scores(x, y)["ssim"] for x, y in zip(train, again["train"], strict=True)]
     limit = float(np.percentile(own, 5))
-    result["samples"]["nearest_training_ssim"] = {
+    result["nearest_training_ssim"] = {
         "samples": float(ssim.mean()),
         "real": float(of_real.mean()),
         "highest_sample": float(ssim.max()),
@@ -615,15 +664,17 @@ def judge_samples(images, vq_vae, learned, split, config, device, out, result, s
         "looked_up": len(images),
         "copy_from": limit,
         "copies": [int(i) for i in np.flatnonzero(ssim >= limit)],
+        "copies_among_real": int((of_real >= limit).sum()),
     }
     order = np.argsort(-ssim)[:N_SHOWN]
     neighbours = learned.batch(nearest[order])[:, 0].numpy()
-    plots.nearest(images[order], neighbours, ssim[order], order, out / "nearest.png", config)
+    path = call.out / "nearest.png"
+    plots.nearest(images[order], neighbours, ssim[order], order, path, call.config)
 
     groups = {"held": [split.patients[i] for i in which["held"]],
               "train": [learned.patients[i] for i in which["train"]]}  # fmt: skip
     if min(len(set(names)) for names in groups.values()) < 2:
-        result["samples"]["two_sample_accuracy"] = None  # no patient would be left to test with
+        result["two_sample_accuracy"] = None  # no patient would be left to test with
         return
     accuracy, interval = metrics.two_sample_accuracy(
         made, again["held"], groups["held"], seed=seed, desc="telling samples from real"
@@ -631,16 +682,17 @@ def judge_samples(images, vq_vae, learned, split, config, device, out, result, s
     yardstick, _ = metrics.two_sample_accuracy(
         again["train"], again["held"], groups["held"], groups["train"], seed, desc="real from real"
     )
-    result["samples"]["two_sample_accuracy"] = {
+    result["two_sample_accuracy"] = {
         "samples": accuracy, "samples_ci95": interval, "real": yardstick,
     }  # fmt: skip
 
 
 def in_units(image, data):
     """A slice in [0, 1] -> the units of its data: integers, unless those are too coarse."""
-    units = image * data.intensity_scale
+    units = image * data.intensity_scale + data.intensity_shift
     if data.intensity_scale >= 50:
-        units = np.round(units).astype(np.int16 if data.intensity_scale < 2**15 else np.int32)
+        is_small = abs(data.intensity_shift) + data.intensity_scale < 2**15
+        units = np.round(units).astype(np.int16 if is_small else np.int32)
     return units
 
 
@@ -661,9 +713,12 @@ def summarise(result, out, data, split):
     print(f"rate           {result['rate']['bits_per_slice']:.0f} bits per slice; SSIM of {others}")
     print(f"codebook       {c['used']} of {c['size']} codes used, perplexity {c['perplexity']:.0f}")
     if p:
-        bits = f"{p['bits_per_code']:.3f} bits per code, {p['bits_per_slice']:.0f} per slice"
+        bits = f"{p['bits_per_code']:.3f} bits per code"
+        if ci := p["bits_per_code_ci95"]:
+            bits += f" (95 % {ci[0]:.3f} to {ci[1]:.3f})"
+        bits += f", {p['bits_per_slice']:.0f} per slice"
         if known := p["bits_per_code_without_network"]:
-            bits += f" (histogram of each position {known['position']:.3f}, xz {known['xz']:.3f})"
+            bits += f"; histogram of each position {known['position']:.3f}, xz {known['xz']:.3f}"
         print(f"prior          {bits}")
     if s:
         print(f"samples        {s['n']} in {s['seconds']:.1f} s")
@@ -680,7 +735,7 @@ def summarise(result, out, data, split):
                 line += f"; told from real ones {share:.0f} % of the time (50 is chance)"
             print(f"{'':15s}{line}")
     else:
-        why = "--input" if split == "input" else "--n_samples 0" if p else "the run has no prior"
+        why = "--input" if split == "input" else "--n_samples 0" if p else "no prior"
         print(f"samples        skipped ({why})")
     print(f"pictures and numbers are in {out}; all on one page: {out / 'report.html'}")
 

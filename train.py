@@ -28,7 +28,7 @@ import dataset
 import metrics
 import plots
 import utils
-from modules import VQVAE, GatedPixelCNN, PixelCNNConfig, VQVAEConfig
+from modules import VQVAE, GatedPixelCNN, PixelCNNConfig, VectorQuantizer, VQVAEConfig
 from utils import UserError
 
 # What a preset sets for each stage; a flag of the same name beats it. `decay_to` is the last
@@ -281,8 +281,12 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
             f"{data.size[0]} x {data.size[1]}); leave out --data, or choose another --run_dir"
         )
     compute = functools.partial(utils.autocast, device, args.precision)
+    vq_vae = utils.load_model(run_dir, "vq_vae", device)
     with utils.first_goes_first():
-        codes = {name: metrics.split_codes(run_dir, data, name, device) for name in dataset.SPLITS}
+        codes = {
+            name: metrics.split_codes(run_dir, data, name, vq_vae, device)
+            for name in dataset.SPLITS
+        }
     train, validate = (
         tuple(torch.from_numpy(x) for x in (codes[s], data[s].labels, data[s].positions))
         for s in ("train", "validate")
@@ -300,7 +304,7 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
     config["vq_vae"] = utils.file_hash(run_dir / "vq_vae" / "model.safetensors")
     torch.manual_seed(args.seed)
     model = GatedPixelCNN(model_config)
-    model.start_from(utils.load_model(run_dir, "vq_vae").quantizer.codebook)
+    model.start_from(vq_vae.quantizer.codebook.cpu())
     model = model.to(device, memory_format=torch.channels_last)
     network = as_trained(model, args, device)
     share = utils.share(len(validate[0]))
@@ -348,7 +352,10 @@ def as_trained(model, args, device):
             device_ids=[device] if device.type == "cuda" else None,
             static_graph=True,  # the last layer's vertical stack leads nowhere
         )
-    return torch.compile(model) if args.compile else model
+    if args.compile:  # but for the quantiser, which moves buffers that the gradient still needs
+        VectorQuantizer.forward = torch.compiler.disable(VectorQuantizer.forward)
+        model = torch.compile(model)
+    return model
 
 
 def make_config(args, settings, model_config, data):
@@ -405,6 +412,8 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     utils.wait_for_all()
     running = []  # losses since the last validation
     log = resume(directory, config, model, averaged, optimizer, state, running)
+    if len(set(utils.gathered(torch.tensor([state["update"]])).tolist())) > 1:
+        raise UserError(f"{directory}: not the same on all machines; choose a disk they share")
     if is_done(log, state, options):
         print(
             f"{directory} is finished: {state['update']} updates, best validation {key} "
@@ -417,9 +426,10 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     if state["update"] == 0:
         save(save_checkpoint, *everything)
     shown = {}
+    again = "the same command" + (", without --fresh," if args.fresh else "")
     diverged = (
-        f"{directory}: {{}} at update {{}}; what was saved is good, and the same command goes on "
-        "from it; give it a lower --learning_rate"
+        f"{directory}: {{}} at update {{}}; what was saved is good, and {again} goes on from it; "
+        "give it a lower --learning_rate"
     )
 
     def validate():
@@ -427,7 +437,7 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
         figures = score(averaged)
         if not math.isfinite(figures[key]):
             raise UserError(diverged.format(f"{key} is {figures[key]}", state["update"]))
-        mean = {name: float(np.mean([r[name] for r in running])) for name in running[0]}
+        mean = {k: float(np.mean([r[k] for r in running if k in r])) for k in running[-1]}
         running.clear()
         entry = {"update": state["update"], "data": utils.data_name(config)}
         log.append(entry | {"skipped": state["skipped"], "train": mean, "validate": figures})
@@ -482,8 +492,8 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
             if is_due or told or (is_last and state["best"] is not None):
                 save(save_checkpoint, *everything)
             if told and not is_done(log, state, options):
-                text = f"{directory}: saved at update {state['update']}; the same command goes on"
-                raise utils.Stopped((signals or [SIGTERM])[0], f"{text} from there")
+                text = f"{directory}: saved at update {state['update']}; {again} goes on from there"
+                raise utils.Stopped((signals or [SIGTERM])[0], text)
     if state["best"] is None:
         raise UserError(diverged.format("no finite gradient", state["update"]))
     best_so_far = f"{state['best']:.4f} at update {state['best_update']}"
@@ -625,23 +635,32 @@ def resume(directory, config, model, averaged, optimizer, state, running):
     own = [group.copy() for group in optimizer.param_groups]
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format_version"] != utils.FORMAT_VERSION:
-            raise ValueError(f"format version {checkpoint['format_version']}")
+        found = checkpoint["format_version"]
+        if isinstance(found, int) and found > utils.FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format version {found}, this code reads {utils.FORMAT_VERSION}; "
+                "update the code"
+            )
+        if found != utils.FORMAT_VERSION:
+            raise ValueError(f"format version {found}")
         check_history(checkpoint)
         model.load_state_dict(checkpoint["model"])
         if averaged is not model:
             averaged.load_state_dict(checkpoint["averaged"])
+        parameters = list(model.parameters())
+        for i, moments in checkpoint["optimizer"]["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != parameters[i].shape or moments["step"].shape != ():
+                    raise ValueError("moments of other weights")
         optimizer.load_state_dict(checkpoint["optimizer"])
         for group, of_group in zip(optimizer.param_groups, own, strict=True):
             group |= {name: of_group[name] for name in of_group if name != "params"}
-        for parameter, moments in optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                if moments[name].shape != parameter.shape:
-                    raise ValueError("moments of other weights")
         state["drawn"] = checkpoint["state"]["update"] * before * batch_sizes[1]  # as it once was
         state |= checkpoint["state"]
         running += checkpoint.get("running", [])
         return checkpoint["log"]
+    except UserError:
+        raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: damaged ({reason}); start over with --fresh") from error
@@ -661,7 +680,7 @@ def check_history(checkpoint):
         all(type(n) is int and 0 <= n < 1 << 48 for n in counts)
         and {"update", "best_update"} <= state.keys()
         and (isinstance(state["best"], float) if log else state["best"] is None)
-        and all(are_numbers(losses) for losses in running)
+        and all(are_numbers(losses) and losses for losses in running)
         and all(type(entry["update"]) is int for entry in log)
         and all(are_numbers(e[part]) and e[part] for e in log for part in ("train", "validate"))
         and len({(tuple(e["train"]), tuple(e["validate"])) for e in log}) <= 1

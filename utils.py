@@ -50,7 +50,12 @@ class Stopped(Exception):
 
 def run_main(main):
     """Run a command; a `UserError` becomes one line on stderr and exit status 2."""
+
+    def stop(number, _):  # as Ctrl-C does: temporary files are removed, other processes ended
+        raise Stopped(number, "stopped; the same command goes on from what was saved")
+
     try:
+        signal.signal(signal.SIGTERM, stop)
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -83,7 +88,7 @@ def noted_signals():
     def note(number, _):
         noted.append(number)
         if processes()[1] == 1:  # torchrun passes one signal on twice, and ends what hangs itself
-            print("\nstopping after this update; once more to leave at once", file=sys.stderr)
+            os.write(2, b"\nstopping after this update; once more to leave at once\n")
             restore()
 
     def restore():
@@ -101,13 +106,17 @@ def noted_signals():
 
 @contextlib.contextmanager
 def only_one(path):
-    """Hold the lock file `path`, or raise a UserError that names the process which holds it."""
+    """Hold the lock file `path`, or raise a UserError that names the process which holds it.
+
+    Where a file system has no locks the block runs without one.
+    """
     if fcntl is None or processes()[0] > 0:  # no such locks on this system, or not ours to hold
         yield
         return
     make_folder(path.parent)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a stranger's link leads anywhere
     try:
-        file = open(path, "ab+", buffering=0)  # noqa: SIM115, closed below
+        file = open(os.open(path, flags), "rb+", buffering=0)  # noqa: SIM115, closed below
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     with file:
@@ -116,12 +125,14 @@ def only_one(path):
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"{path.parent}: process {file.read().decode().strip()} is at work here; wait for "
-                f"it, or choose another folder"
+                f"{path.parent}: process {file.read(300).decode('utf8', 'replace').strip()} is at "
+                "work here; wait for it, or choose another folder"
             ) from None
+        except OSError:
+            pass
         file.truncate(0)
         with contextlib.suppress(OSError):  # a full disk is no reason not to say so properly later
-            file.write(str(os.getpid()).encode())
+            file.write(f"{os.getpid()} of {platform.node()}".encode())
         try:
             yield
         finally:
@@ -374,7 +385,7 @@ def write_json(path, value):
 def read_json(path):
     try:
         return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         message = f"{path}: cannot be read ({error}); train this stage again with --fresh"
         raise UserError(message) from error
 
@@ -418,38 +429,35 @@ def read_config(directory):
 
 def _is_ours(config):
     """Whether a config.json, perhaps from a stranger, has the entries that other code relies on."""
-    data, model = config.get("data"), config.get("model")
-    if not isinstance(data, dict) or not isinstance(model, dict):
+    kinds = {"preset": str, "precision": str, "model": dict, "train": dict, "data": dict}
+    of_data = {"name": str, "layout": str, "fingerprint": str, "is_phantom": bool, "size": list,
+               "classes": list, "arguments": dict}  # fmt: skip
+    of_train = {"batch_size": int, "learning_rate": (int, float)}
+    stage, data, model = (config.get(key) for key in ("stage", "data", "model"))
+    if not _has(config, kinds) or not _has(data, of_data) or not _has(config["train"], of_train):
         return False
-    size, classes = data.get("size"), data.get("classes")
-    numbers = [n for n in model.values() if isinstance(n, int | float)]
     kinds = {"data": str, "image_size": list, "split_seed": int, "split_policy": str, "plane": str,
              "group_regex": str, "slices": int, "skip_unreadable": bool}  # fmt: skip
-    return (
-        isinstance(size, list)
-        and len(size) == 2
-        and all(isinstance(n, int) and 0 < n < 1 << 16 for n in size)
-        and isinstance(classes, list)
-        and all(isinstance(name, str) for name in classes)
-        and all(isinstance(data.get(key), str) for key in ("name", "layout", "fingerprint"))
-        and isinstance(data.get("is_phantom"), bool)
-        and isinstance(data.get("arguments"), dict)
-        and all(isinstance(x, kinds.get(key, ())) for key, x in data["arguments"].items())
-        and all(isinstance(n, int) for n in data["arguments"].get("image_size", []))
-        and len(data["arguments"].get("image_size", size)) == 2
-        and isinstance(config.get("train"), dict)
-        and isinstance(config["train"].get("batch_size"), int)
-        and isinstance(config["train"].get("learning_rate"), int | float)
-        and isinstance(config.get("processes", 1), int)
-        and isinstance(config.get("preset"), str)
-        and isinstance(config.get("precision"), str)
-        and (config.get("stage") == "vq_vae" or isinstance(config.get("vq_vae"), str))
-        and _fits(config.get("stage"), model)
-        and model.get("downsample", 8) in (4, 8, 16)
-        and (config["stage"] != "vq_vae" or not any(n % model.get("downsample", 8) for n in size))
-        and all(n < 1 << 16 for n in numbers)
-        and all(model[key] in range(1001) for key in model if key.endswith("_layers"))
-    )
+    arguments, numbers = data["arguments"], [n for n in model.values() if type(n) in (int, float)]
+    if not _fits(stage, model) or not all(
+        isinstance(x, kinds.get(key, ())) for key, x in arguments.items()
+    ):
+        return False
+    sizes = data["size"], arguments.get("image_size", data["size"])
+    is_ours = all(len(size) == 2 and all(type(n) is int for n in size) for size in sizes)
+    is_ours &= all(n in range(1, 1 << 16) for n in data["size"])
+    is_ours &= all(isinstance(name, str) for name in data["classes"])
+    is_ours &= all(n < 1 << 16 for n in numbers) and isinstance(config.get("processes", 1), int)
+    is_ours &= all(model[key] in range(1001) for key in model if key.endswith("_layers"))
+    if stage == "pixelcnn":
+        return is_ours and isinstance(config.get("vq_vae"), str)
+    is_ours &= model.get("downsample") in (4, 8, 16) and "n_embeddings" in model
+    return is_ours and not any(n % model["downsample"] for n in data["size"])
+
+
+def _has(part, kinds):
+    """Whether a dict has an entry of each kind."""
+    return isinstance(part, dict) and all(isinstance(part.get(k), kinds[k]) for k in kinds)
 
 
 def _fits(stage, model):

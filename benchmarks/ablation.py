@@ -7,7 +7,9 @@ A row is the preset `demo` with the flags named, or with a variant that was trie
 the project: the rotation trick (Fifty et al. 2024, arXiv 2410.06424), finite scalar quantisation
 (Mentzer et al. 2023, arXiv 2309.15505), and, as baselines, no quantiser at all. Rows run side by
 side, each on a core of its own, with the budget counted in processor seconds. Writes
-benchmarks/results/OUT.json; rows already there with the same budget are kept unless named.
+benchmarks/results/OUT.json; rows already there with the same budget are kept unless named. With
+--picture NAME it draws what each row makes of some test slices, and of which codes, as
+figures/NAME.png.
 """
 
 import argparse
@@ -18,10 +20,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import harness
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 
 import modules
+import plots
+
+N_SHOWN = 3
 
 DEEP = ["--downsample", "4", "--diversity", "0.05", "--n_residual_layers", "4"]
 ROWS = {
@@ -146,7 +152,7 @@ def apply(row):
         modules.VectorQuantizer, modules.UnitRMS = FiniteScalar, torch.nn.Identity
 
 
-def run(path, row, seconds):
+def run(path, row, seconds, is_drawn):
     torch.set_num_threads(1)
     apply(row)
     data = harness.load(path)
@@ -154,7 +160,13 @@ def run(path, row, seconds):
         argv = ["--mode", "vq_vae", *ROWS[row]]
         log = harness.train_for(seconds, data, Path(folder), argv, clock=time.process_time)
         model = harness.utils.load_model(folder, "vq_vae")
-        return row, {
+        pictures = ()
+        if is_drawn:
+            with torch.inference_mode():
+                images, codes, _ = model(some_slices(data))
+            colours = plots.code_colours(model.quantizer.codebook.detach().numpy())
+            pictures = images[:, 0].clamp(0, 1).numpy(), colours[codes.numpy()]
+        return row, pictures, {
             "updates": log[-1][1]["update"],
             "parameters": sum(p.numel() for p in model.parameters()),
             "validate": log[-1][1]["validate"],
@@ -165,22 +177,46 @@ def run(path, row, seconds):
         }
 
 
+def some_slices(data):
+    return data["test"].batch(plots.picks(len(data["test"]), N_SHOWN))
+
+
+def draw(shown, data, name):
+    """figures/NAME.png: {title: images (N_SHOWN, H, W)}, in columns."""
+    height, width = data.size
+    figure, axes = plt.subplots(
+        N_SHOWN, len(shown), figsize=(2 * len(shown), 2 * N_SHOWN * height / width + 0.6),
+        layout="constrained",
+    )  # fmt: skip
+    for column, (title, images) in zip(axes.T, shown.items(), strict=True):
+        column[0].set_title(title, fontsize=9)
+        for axis, image in zip(column, images, strict=True):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_axis_off()
+    figure.suptitle(f"{data.name}: test slices", fontsize=9)
+    figure.savefig(harness.ROOT / "figures" / f"{name}.png", dpi=100)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--data", default="phantom", help="folder of slices, as for train.py")
     p.add_argument("--seconds", type=float, default=120.0, help="of one core, per row")
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to run")
     p.add_argument("--out", default="ablation", help="name of the file of results")
+    p.add_argument("--picture", metavar="NAME", help="draw what the rows make of slices")
     args = p.parse_args()
     data = harness.load(args.data)
     budget = {"data": data.name, "seconds_of_one_core": args.seconds}
     rows = harness.rows_so_far(args.out, budget)
+    shown = {"slices": some_slices(data)[:, 0].numpy()}
     with ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        runs = [pool.submit(run, args.data, row, args.seconds) for row in args.rows]
+        options = args.seconds, bool(args.picture)
+        runs = [pool.submit(run, args.data, row, *options) for row in args.rows]
         for done in runs:
-            row, figures = done.result()
+            row, pictures, figures = done.result()
             rows[row] = figures
             test = figures["test"]
+            shown |= dict(zip((row, f"{row}: {test['used']} codes"), pictures, strict=False))
             print(
                 f"{row:22s} {figures['updates']:5d} updates, SSIM {test['ssim']:.4f}, body "
                 f"{test['ssim_body']:.4f}, PSNR {test['psnr']:.2f}, {test['used']} codes, "
@@ -188,6 +224,8 @@ def main():
             )  # fmt: skip
             ordered = {name: rows[name] for name in ROWS if name in rows}
             harness.save(args.out, budget | {"rows": ordered})
+    if args.picture:
+        draw(shown, data, args.picture)
 
 
 if __name__ == "__main__":

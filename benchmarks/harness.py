@@ -59,22 +59,22 @@ def train_for(seconds, data, run_dir, argv, clock=time.perf_counter, scheduled=T
     """
     if not scheduled:
         flags = ["--n_updates", "1000000", "--log_interval", "10"]
-        return _run(seconds, data, run_dir, [*argv, *flags], clock)[0]
+        return run(seconds, data, run_dir, [*argv, *flags], clock)[0]
     with tempfile.TemporaryDirectory() as scratch:
         for part in ("vq_vae", "codes"):
             if (run_dir / part).exists():
                 shutil.copytree(run_dir / part, Path(scratch) / part)
         flags = ["--n_updates", "40", "--log_interval", "10"]
-        stamps = np.diff(_run(float("inf"), data, Path(scratch), [*argv, *flags], clock)[1])
+        stamps = np.diff(run(float("inf"), data, Path(scratch), [*argv, *flags], clock)[1])
     update = np.median(stamps)
     validation = stamps[9::10].mean() - update
     interval = max(10, round(15 / update))
     n_updates = int((seconds - stamps[0]) / (update + validation / interval))
     flags = ["--n_updates", str(n_updates), "--log_interval", str(interval)]
-    return _run(float("inf"), data, run_dir, [*argv, *flags], clock)[0]
+    return run(float("inf"), data, run_dir, [*argv, *flags], clock)[0]
 
 
-def _run(limit, data, run_dir, argv, clock):
+def run(limit, data, run_dir, argv, clock):
     """One training -> its log with times, and the time at the start of each update."""
     args = train.parser().parse_args([*argv, "--run_dir", str(run_dir)])
     args.preset = args.preset or "demo"

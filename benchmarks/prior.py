@@ -5,10 +5,10 @@
 
 RUN holds a trained stage 1 for DIR. The first trains both priors side by side, one core each, for
 the same wall time, and scores the best weights of each on the test split; it needs two idle cores.
-The second changes one choice of ours at a time, or adds what was tried and is not part of the
-project, with the budget in processor seconds, a row per core; it prints bits on the validation
-split, by which we chose, and on the test split. Writes benchmarks/results/prior.json, or
-prior_ablation.json.
+The second changes a choice of ours at a time (or several, joined by " + "), or adds what was tried
+and is not part of the project, with the budget in processor seconds, a row per core; it prints bits
+on the validation split, by which we chose, and on the test split. Writes
+benchmarks/results/prior.json, or prior_ablation.json.
 """
 
 import argparse
@@ -35,16 +35,11 @@ ROWS = {
     "no dropout": ["--dropout", "0"],
     "dropout 0.3": ["--dropout", "0.3"],
     "kernel 5": ["--kernel_size", "5"],
-    "kernel 7": ["--kernel_size", "7"],
     "dilated by 1, 2, 4": [],
     "causal attention halfway": [],
     "normalised channels": [],
-    "one code in ten replaced": [],
-    "7 layers": ["--n_layers", "7"],
     "14 layers": ["--n_layers", "14"],
-    "48 channels": ["--n_channels", "48"],
     "96 channels": ["--n_channels", "96"],
-    "batch 16": ["--batch_size", "16"],
 }
 
 
@@ -153,41 +148,35 @@ class Normalised(GatedPixelCNN):
                 ).permute(0, 3, 1, 2))  # fmt: skip
 
 
-class Disturbed(GatedPixelCNN):
-    """In training one code in ten that the network sees is another, drawn from all."""
-
-    def forward(self, codes, label=None, depth=None):
-        if self.training:
-            other = torch.randint_like(codes, self.config.n_embeddings)
-            codes = torch.where(torch.rand(codes.shape) < 0.1, other, codes)
-        return super().forward(codes, label, depth)
-
-
 VARIANTS = {
     "dilated by 1, 2, 4": Dilated,
     "causal attention halfway": Attending,
     "normalised channels": Normalised,
-    "one code in ten replaced": Disturbed,
 }
 
 
 def apply(row):
-    """Change what the row's name says and no flag can; returns the network to train."""
+    """Change what the row's name says; returns the network to train, and flags."""
     train, original = harness.train, harness.train.GatedPixelCNN.forward
-    if row == "no averaged weights":
-        train.PRESETS["demo"]["pixelcnn"]["train"]["average"] = 0.0
-    elif row == "embeddings from nothing":
-        train.GatedPixelCNN.start_from = ClassicPrior.start_from
-    elif row == "no label":
-        train.GatedPixelCNN.forward = lambda self, codes, label, depth: original(
-            self, codes, None, depth
-        )
-    elif row == "no depth":
-        train.GatedPixelCNN.forward = lambda self, codes, label, depth: original(
-            self, codes, label, None
-        )
-    train.GatedPixelCNN = VARIANTS.get(row, train.GatedPixelCNN)
-    return train.GatedPixelCNN
+    changes, flags = row.split(" + "), []
+    for change in changes:
+        flags += ROWS[change]
+        if change == "no averaged weights":
+            train.PRESETS["demo"]["pixelcnn"]["train"]["average"] = 0.0
+        elif change == "embeddings from nothing":
+            train.GatedPixelCNN.start_from = ClassicPrior.start_from
+        elif change == "no label":
+            train.GatedPixelCNN.forward = lambda self, codes, label, depth: original(
+                self, codes, None, depth
+            )
+        elif change == "no depth":
+            train.GatedPixelCNN.forward = lambda self, codes, label, depth: original(
+                self, codes, label, None
+            )
+    kinds = tuple(VARIANTS[change] for change in changes if change in VARIANTS)
+    if kinds:
+        train.GatedPixelCNN = type(row, kinds, {})
+    return train.GatedPixelCNN, flags
 
 
 def bits(data, run_dir, kind):
@@ -195,7 +184,8 @@ def bits(data, run_dir, kind):
     harness.utils.STAGES["pixelcnn"] = (harness.train.PixelCNNConfig, kind)
     model = harness.utils.load_model(run_dir, "pixelcnn")
     device = torch.device("cpu")
-    codes = torch.from_numpy(harness.metrics.split_codes(run_dir, data, "test", device))
+    vq_vae = harness.utils.load_model(run_dir, "vq_vae")
+    codes = torch.from_numpy(harness.metrics.split_codes(run_dir, data, "test", vq_vae, device))
     split = data["test"]
     given = torch.from_numpy(split.labels), torch.from_numpy(split.positions)
     every = harness.metrics.code_bits(model, codes, *given, device)
@@ -206,8 +196,9 @@ def bits(data, run_dir, kind):
 def prepare(data, run_dir, folder):
     """A run in `folder` that starts from the stage 1 of `run_dir`, with the codes of `data`."""
     shutil.copytree(Path(run_dir) / "vq_vae", folder / "vq_vae")
+    vq_vae = harness.utils.load_model(run_dir, "vq_vae")
     for name in harness.dataset.SPLITS:
-        harness.metrics.split_codes(folder, data, name, harness.utils.pick_device("auto"))
+        harness.metrics.split_codes(folder, data, name, vq_vae, torch.device("cpu"))
     return folder
 
 
@@ -244,29 +235,43 @@ def race(data, path, base, minutes):
     harness.save("prior", result)
 
 
-def run_row(path, base, row, seconds):
+def run_row(path, base, row, seconds, n_updates):
     torch.set_num_threads(1)
-    kind = apply(row)
-    data = harness.load(path)
+    kind, flags = apply(row)
+    data = harness.dataset.load(path, progress=False) if n_updates else harness.load(path)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         shutil.copytree(base, run_dir)
-        argv = ["--mode", "pixelcnn", *ROWS[row]]
-        log = harness.train_for(seconds, data, run_dir, argv, clock=time.process_time)
+        argv = ["--mode", "pixelcnn", *flags]
+        if n_updates:
+            argv += ["--n_updates", str(n_updates)]
+            log, _ = harness.run(float("inf"), data, run_dir, argv, time.process_time)
+        else:
+            log = harness.train_for(seconds, data, run_dir, argv, clock=time.process_time)
         validate = min(entry["validate"]["bits_per_code"] for _, entry in log)
         figures = {"updates": log[-1][1]["update"], "validate_bits_per_code": validate}
-        return row, figures | bits(data, run_dir, kind)
+        figures |= bits(data, run_dir, kind)
+        if n_updates:
+            figures["curve"] = [
+                (e["update"], *(e[k]["bits_per_code"] for k in ("train", "validate")))
+                for _, e in log
+            ]
+        return row, figures
 
 
-def ablation(data, path, base, seconds, names):
+def ablation(data, base, args):
+    seconds, n_updates, out = args.seconds, args.updates, args.out
     budget = {"data": data.name, "seconds_of_one_core": seconds}
-    rows = harness.rows_so_far("prior_ablation", budget)
-    with ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        for done in [pool.submit(run_row, path, base, name, seconds) for name in names]:
+    if n_updates:
+        budget = {"data": data.name, "updates": n_updates}
+    rows = harness.rows_so_far(out, budget)
+    with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
+        of_all = seconds, n_updates
+        for done in [pool.submit(run_row, args.data, base, row, *of_all) for row in args.rows]:
             row, rows[row] = done.result()
             print(f"{row:24s} {rows[row]}", flush=True)
-            ordered = {name: rows[name] for name in ROWS if name in rows}
-            harness.save("prior_ablation", budget | {"rows": ordered})
+            ordered = {name: rows[name] for name in [*ROWS, *rows] if name in rows}
+            harness.save(out, budget | {"rows": ordered})
 
 
 def main():
@@ -276,13 +281,19 @@ def main():
     p.add_argument("--minutes", type=float, default=10.0, help="of training, each")
     p.add_argument("--ablation", action="store_true", help="one choice of ours at a time")
     p.add_argument("--seconds", type=float, default=120.0, help="of one core, per row")
-    p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to run")
+    text = "updates of each row, in place of a time; validates on the whole split"
+    p.add_argument("--updates", type=int, default=0, metavar="N", help=text)
+    text = "rows to run; several changes at once are joined by ' + '"
+    p.add_argument("--rows", nargs="+", default=list(ROWS), help=text)
+    p.add_argument("--out", default="prior_ablation", help="name of the file of results")
     args = p.parse_args()
+    if unknown := {c for row in args.rows for c in row.split(" + ")} - set(ROWS):
+        p.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
     data = harness.load(args.data)
     with tempfile.TemporaryDirectory() as folder:
         base = prepare(data, args.run_dir, Path(folder))
         if args.ablation:
-            ablation(data, args.data, base, args.seconds, args.rows)
+            ablation(data, base, args)
         else:
             race(data, args.data, base, args.minutes)
 

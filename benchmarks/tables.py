@@ -59,12 +59,13 @@ def samples():
     rows = []
     for name in RUNS:
         found = results(name)["samples"]
-        told, near = found["two_sample_accuracy"], found["nearest_training_ssim"]
-        low, high = told["samples_ci95"]
+        near, told = found["nearest_training_ssim"], [
+            found["two_sample_accuracy"] | {"n": found["judged"]}, found["told_with_many"]
+        ]  # fmt: skip
         copies = f"{len(near['copies'])} of {near['looked_up']}"
         of = {
-            "samples": [f"{told['samples']:.2f} ({low:.2f} to {high:.2f})", copies],
-            "real": [f"{told['real']:.2f}", ""],
+            kind: [f"{t[kind]:.2f} of {2 * t['n']}" for t in told] + [copies * (kind == "samples")]
+            for kind in ("samples", "real")
         }
         for kind in of:
             values = [
@@ -76,7 +77,7 @@ def samples():
             rows.append([results(name)["data"], kind, *values, *of[kind]])
     return table(["data", "slices", "best match (SSIM)", "pairs (SSIM)", "Fréchet", "precision",
                   "recall", "sliced Wasserstein, fine to coarse", "nearest training slice (SSIM)",
-                  "told from real", "copies"], rows)  # fmt: skip
+                  "told from real", "with more slices", "copies"], rows)  # fmt: skip
 
 
 def bits():
@@ -84,9 +85,25 @@ def bits():
     for name in RUNS:
         found = results(name)["prior"]
         known = found["bits_per_code_without_network"]
-        rows.append([results(name)["data"], f"**{found['bits_per_code']:.3f}**",
+        low, high = found["bits_per_code_ci95"]
+        rows.append([results(name)["data"],
+                     f"**{found['bits_per_code']:.3f}** ({low:.3f} to {high:.3f})",
                      *(f"{known[k]:.3f}" for k in BITS)])  # fmt: skip
-    return table(["data", "prior", *BITS.values()], rows)
+    return table(["data", "prior (95 %)", *BITS.values()], rows)
+
+
+def seconds():
+    names = {"vq_vae": "stage 1 (s)", "pixelcnn": "stage 2 (s)", "predict": "predict.py (s)"}
+    rows = [[results(n)["data"], *(f"{results(n)['seconds'][k]:.0f}" for k in names)] for n in RUNS]
+    return table(["data", *names.values()], rows)
+
+
+def reach():
+    rows = []
+    for gap, row in results("reach")["rows"].items():
+        low, high = row["ci95"]
+        rows.append([gap, f"{row['more_bits_per_code']:.4f} ({low:.4f} to {high:.4f})"])
+    return table(["rows between that stay", "more bits per code (95 %)"], rows)
 
 
 RUNS = ["demo", "brain"]
@@ -252,8 +269,9 @@ def flags_predict():
 TABLES = {
     f.__name__: f
     for f in (
-        reconstruction, samples, bits, vq_vae, ablation, pca, long, prior, prior_ablation, sampling,
-        quantizer, runs, presets, temperature, classes, flags_train, flags_predict,
+        reconstruction, samples, bits, seconds, reach, vq_vae, ablation, pca, long, prior,
+        prior_ablation, sampling, quantizer, runs, presets, temperature, classes, flags_train,
+        flags_predict,
     )
 }  # fmt: skip
 

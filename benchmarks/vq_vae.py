@@ -5,7 +5,6 @@
 
 The first trains the presets `classic` and `base` side by side, one core each, for the same wall
 time, and notes when each first reaches SSIM 0.80 on 64 validation slices; it needs two idle cores.
-It also draws figures/collapse.png, what each makes of some test slices, and of how many codes.
 The second sets the quantiser's forward and backward pass against the form most code has, with
 one-hot vectors, each in a process of its own. Writes benchmarks/results/vq_vae.json, or
 quantizer.json.
@@ -24,15 +23,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import harness
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 
-import plots
 from modules import VectorQuantizer
 
 GOAL = 0.80
-N_SHOWN = 3
 
 
 def run(path, preset, minutes):
@@ -43,11 +39,7 @@ def run(path, preset, minutes):
         is_ours = preset != "classic"
         log = harness.train_for(60 * minutes, data, Path(folder), argv, scheduled=is_ours)
         curve = [(round(t, 1), e["update"], round(e["validate"]["ssim"], 4)) for t, e in log]
-        model = harness.utils.load_model(folder, "vq_vae")
-        with torch.inference_mode():
-            images, codes, _ = model(some_slices(data))
-        colours = plots.code_colours(model.quantizer.codebook.numpy())
-        return images[:, 0].clamp(0, 1).numpy(), colours[codes.numpy()], {
+        return {
             "seconds": curve[-1][0],
             "updates": curve[-1][1],
             "seconds_to_goal": next((t for t, _, ssim in curve if ssim >= GOAL), None),
@@ -56,19 +48,11 @@ def run(path, preset, minutes):
         }
 
 
-def some_slices(data):
-    return data["test"].batch(plots.picks(len(data["test"]), N_SHOWN))
-
-
 def race(path, minutes):
     data = harness.load(path)  # once, before two processes make the same cache
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         runs = {name: pool.submit(run, path, name, minutes) for name in ("classic", "base")}
-    rows, shown = {}, {"slices": some_slices(data)[:, 0].numpy()}
-    for name, future in runs.items():
-        images, codes, rows[name] = future.result()
-        shown |= {f"{name}, {rows[name]['test']['used']} codes": images, f"{name}: codes": codes}
-    draw(shown, data)
+    rows = {name: future.result() for name, future in runs.items()}
     for name, row in rows.items():
         print(f"{name:8s} {row | {'curve': None}}")
     slow, fast = (rows[name]["seconds_to_goal"] for name in ("classic", "base"))
@@ -78,22 +62,6 @@ def race(path, minutes):
     result = {"data": data.name, "minutes": minutes, "goal": GOAL, "threads": 1, "rows": rows}
     result |= {"classic_reached_the_goal": slow is not None, "times_sooner": ratio}
     harness.save("vq_vae", result)
-
-
-def draw(shown, data):
-    """figures/collapse.png: {title: images (N_SHOWN, H, W)}, in columns."""
-    height, width = data.size
-    figure, axes = plt.subplots(
-        N_SHOWN, len(shown), figsize=(2 * len(shown), 2 * N_SHOWN * height / width + 0.6),
-        layout="constrained",
-    )  # fmt: skip
-    for column, (title, images) in zip(axes.T, shown.items(), strict=True):
-        column[0].set_title(title, fontsize=9)
-        for axis, image in zip(column, images, strict=True):
-            axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axis.set_axis_off()
-    figure.suptitle(f"{data.name}: test slices", fontsize=9)
-    figure.savefig(harness.ROOT / "figures" / "collapse.png", dpi=100)
 
 
 # ------------------------------------------------------------------------------------------------

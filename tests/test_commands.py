@@ -93,12 +93,13 @@ def test_the_reported_ssim_is_skimages(predicted, run_dir, data):
 def test_samples_are_nifti_like_the_data(predicted, run_dir, data):
     files = sorted((run_dir / "predict" / "samples").glob("*.nii.gz"))
     assert len(files) == 3
-    real = nib.load(next((data / "keras_slices_train").iterdir()))
+    real = nib.load(dataset.load(data, progress=False)["train"].slices[0].path)
     for file in files:
         image = nib.load(file)
         assert np.squeeze(np.asanyarray(image.dataobj)).shape == (256, 128)
         assert image.get_data_dtype().kind == "i"
         assert image.header.get_zooms()[:2] == pytest.approx(real.header.get_zooms()[:2])
+        assert np.allclose(image.affine, real.affine, atol=1e-4)
         assert b"no patient" in image.header["descrip"].item()
 
 
@@ -223,7 +224,7 @@ def test_many_samples_go_on_where_they_stopped(run_dir, tmp_path, monkeypatch):
     picture = np.asarray(Image.open(folder / "sample_00003.png"), np.float32) / 255
     values = nib.load(folder / "sample_00003.nii.gz").get_fdata()[:, :, 0]
     assert np.corrcoef(picture.ravel(), values.ravel())[0, 1] > 0.999
-    assert len(predict_with("--n_samples 3")) == 6
+    assert predict_with("--n_samples 3") == whole  # a long export is not thrown away
     other = predict_with("--n_samples 3 --seed 1")
     assert other["sample_00002.png"] != whole["sample_00002.png"]
 
@@ -329,9 +330,14 @@ def test_the_report_fits_a_phone_and_a_desk(predicted, run_dir, tmp_path, width)
     assert pixels.std() > 10
 
 
+# predict.py, but that the network of the two-sample test is hardly trained
+QUICK = ["-c", "import metrics, predict, utils; metrics.JUDGE_UPDATES = 4; "
+         "utils.run_main(predict.main)"]  # fmt: skip
+
+
 def test_samples_are_judged_beside_real_slices(run_dir, tmp_path):
-    words = f"predict.py --run_dir {run_dir} --split train --n_samples 8 --n_maps 0 --out"
-    call(f"{words} {tmp_path}")
+    words = f"--run_dir {run_dir} --split train --n_samples 8 --n_maps 0 --out {tmp_path}"
+    call([*QUICK, *words.split()])
     samples = json.loads((tmp_path / "metrics.json").read_text())["samples"]
     assert samples["judged"] == 8
     for name in ("frechet", "precision", "recall", "pairwise_ssim", "wasserstein"):
@@ -343,28 +349,31 @@ def test_samples_are_judged_beside_real_slices(run_dir, tmp_path):
     assert (tmp_path / "nearest.png").exists()
 
 
-def test_a_copied_training_slice_is_flagged(run_dir, data, tmp_path):
+def test_a_copied_training_slice_is_flagged(run_dir, data, tmp_path, monkeypatch):
     """Four training slices, planted among samples of noise, and no other."""
+    monkeypatch.setattr(metrics, "JUDGE_UPDATES", 4)
     config = utils.load_config(run_dir, "vq_vae")
     slices = dataset.load(**config["data"]["arguments"], progress=False)
     planted = slices["train"].batch(np.arange(4) * 4)[:, 0].numpy()
     noise = np.random.default_rng(0).random((4, *slices.size), np.float32)
-    images, result = np.concatenate([noise[:2], planted, noise[2:]]), {"samples": {}}
-    vq_vae = utils.load_model(run_dir, "vq_vae")
-    predict.judge_samples(
-        images, vq_vae, slices["train"], slices["train"], config, "cpu", tmp_path, result, 0
-    )
-    near = result["samples"]["nearest_training_ssim"]
+    images = np.concatenate([noise[:2], planted, noise[2:]])
+    call_of_it = SimpleNamespace(
+        args=SimpleNamespace(seed=0), device="cpu", config=config, out=tmp_path,
+        vq_vae=utils.load_model(run_dir, "vq_vae"), split=slices["train"], result={"samples": {}},
+    )  # fmt: skip
+    predict.judge_samples(call_of_it, images, slices["train"])
+    near = call_of_it.result["samples"]["nearest_training_ssim"]
     assert near["copies"] == [2, 3, 4, 5]
     assert near["highest_sample"] == pytest.approx(1, abs=1e-4)
+    assert near["copies_among_real"] == 8  # the split is compared with itself
 
 
 def test_predicting_twice_gives_the_same(run_dir, tmp_path):
     """Numbers, pictures and files, byte for byte, but for the time that sampling took."""
-    words = f"predict.py --run_dir {run_dir} --split train --n_samples 8 --n_maps 2 --out"
+    words = f"--run_dir {run_dir} --split train --n_samples 8 --n_maps 2 --out"
     found = []
     for out in (tmp_path / "a", tmp_path / "b"):
-        call(f"{words} {out}")
+        call([*QUICK, *words.split(), out])
         files = {path.relative_to(out): file for path, file in contents(out).items()}
         for name in (Path("metrics.json"), Path("report.html")):
             files[name] = re.sub(rb'("seconds": |seconds<.th><td>)[0-9.]+', b"", files[name])
@@ -396,14 +405,15 @@ def test_an_interrupted_call_costs_nothing(run_dir, tmp_path, monkeypatch):
     assert predict_with("0") == before
     assert predict_with("6") == before
     assert not (tmp_path / ".unfinished").exists()
-    fewer, seed = predict_with("2")
-    assert len(fewer) == 2 * 2 + 3  # settings.json and the user's own
-    assert seed == 0
+    assert predict_with("2") == before
     other, seed = predict_with("2 --seed 1")
-    assert len(other) == 2 * 2 + 3
+    assert len(other) == 2 * 2 + 3  # settings.json and the user's own
     assert seed == 1
     name = tmp_path / "samples" / "sample_00001.png"
-    assert other[name] != fewer[name]
+    assert other[name] != before[0][name]
+
+
+GONE = "no longer there"
 
 
 @pytest.mark.parametrize(
@@ -416,7 +426,11 @@ def test_an_interrupted_call_costs_nothing(run_dir, tmp_path, monkeypatch):
         ("vq_vae", "data", "size", [8, 8]),
         ("vq_vae", "data", "size", [250, 128]),
         ("vq_vae", "data", "classes", ["a"]),
+        ("vq_vae", "data", "arguments", {"slices": 0}),
+        ("vq_vae", "data", "arguments", {"plane": "x"}),
+        ("vq_vae", "data", "arguments", {"image_size": [0, 0]}),
         ("vq_vae", "model", "beta", "x"),
+        ("vq_vae", "model", "downsample", GONE),
         ("vq_vae", "model", "n_embeddings", 17),
         ("pixelcnn", "model", "size", None),
         ("pixelcnn", "model", "n_embeddings", 17),
@@ -429,6 +443,8 @@ def test_a_tampered_config_is_one_error(stage, part, name, value, run_dir, tmp_p
     shutil.copytree(run_dir, run)
     config = json.loads((run / stage / "config.json").read_text())
     (config[part] if part else config)[name] = value
+    if value is GONE:
+        del config[part][name]
     (run / stage / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("sys.argv", ["predict.py", "--run_dir", str(run), "--n_samples", "1"])
     with pytest.raises(utils.UserError):
@@ -443,7 +459,8 @@ def test_samples_are_looked_up_among_the_slices_learned_from(run_dir, data, tmp_
     (other / "keras_slices_test").rename(other / "keras_slices_train")
     (other / "was_train").rename(other / "keras_slices_test")
     out = tmp_path / "out"
-    call(f"predict.py --run_dir {run_dir} --data {other} --out {out} --n_samples 8 --n_maps 0")
+    words = f"--run_dir {run_dir} --data {other} --out {out} --n_samples 8 --n_maps 0"
+    call([*QUICK, *words.split()])
     samples = json.loads((out / "metrics.json").read_text())["samples"]
     assert samples["nearest_training_ssim"]["real"] == pytest.approx(1, abs=1e-4)
 
@@ -501,15 +518,19 @@ def test_the_classic_preset_end_to_end(data, tmp_path):
     call(f"predict.py --run_dir {tmp_path} --n_samples 1")
 
 
-@pytest.mark.parametrize(("scale", "kind"), [(1.0, "f"), (207.0, "i"), (50000.0, "i")])
-def test_exported_units_follow_the_data(tmp_path, scale, kind):
-    data = SimpleNamespace(intensity_scale=scale, affine=np.eye(4))
+@pytest.mark.parametrize(
+    ("scale", "shift", "kind"),
+    [(1.0, 0.0, "f"), (207.0, 0.0, "i"), (50000.0, 0.0, "i"), (2000.0, -1000.0, "i")],
+)
+def test_exported_units_follow_the_data(tmp_path, scale, shift, kind):
+    data = SimpleNamespace(intensity_scale=scale, intensity_shift=shift, affine=np.eye(4))
     image = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     units = predict.in_units(image, data)
     predict.save_nifti(units, data.affine, tmp_path / "x.nii.gz", "data")
     read = nib.load(tmp_path / "x.nii.gz")
     assert read.get_data_dtype().kind == kind
-    assert np.allclose(read.get_fdata()[:, :, 0], image * scale, atol=0.51 if kind == "i" else 1e-6)
+    expected, near = image * scale + shift, 0.51 if kind == "i" else 1e-6
+    assert np.allclose(read.get_fdata()[:, :, 0], expected, atol=near)
 
 
 # ---------------------------------------------------------------------------------- mistakes
@@ -541,6 +562,7 @@ def test_a_run_made_for_other_data_or_another_size(run_dir, data, tmp_path):
     mistake(f"{command} --data {data} --image_size 128 64", "128", "--fresh")
     mistake(f"train.py --mode pixelcnn --run_dir {run_dir} --data {other}", "other data")
     mistake(f"predict.py --run_dir {run_dir} --image_size 128 64", "256", "128 x 64")
+    mistake(f"predict.py --run_dir {run_dir} --out /sys/out", "/sys/out: cannot be made")
     assert contents(run_dir) == before
 
 
@@ -654,5 +676,8 @@ def test_a_prior_of_another_vq_vae_is_not_used(run_dir, data, tmp_path):
     other = tmp_path / "run"
     shutil.copytree(run_dir, other)
     call(f"train.py --mode vq_vae --data {data} --run_dir {other} --fresh {SMALL_VQ_VAE} --seed 1")
-    mistake(f"predict.py --run_dir {other}", "another VQ-VAE", "--fresh")
+    out, err = call(f"predict.py --run_dir {other} --n_maps 0")
+    assert "another VQ-VAE" in err
+    assert "--fresh" in err
+    assert "samples        skipped" in out
     mistake(f"train.py --mode pixelcnn --run_dir {other} {SMALL_PRIOR}", "another", "--fresh")

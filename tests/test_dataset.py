@@ -738,10 +738,17 @@ def test_no_such_folder_and_an_empty_folder(tmp_path, load):
         load(tmp_path / "empty")
 
 
-def promise():
+def promise(n):
     header = nibabel.Nifti1Header()
-    header.set_data_shape((32000, 32000))
+    header.set_data_shape((n, n))
     header["vox_offset"], header["magic"] = 352, b"n+1"
+    return gzip.compress(header.binaryblock + bytes(100))
+
+
+def promise_of_nifti2():
+    header = nibabel.Nifti2Header()
+    header.set_data_shape((1 << 40, 1 << 40))
+    header["vox_offset"], header["magic"] = 544, b"n+2"
     return gzip.compress(header.binaryblock + bytes(100))
 
 
@@ -771,7 +778,10 @@ BAD = {  # what is written, and what is said about it
     "NaN": (with_one(np.nan), "contains NaN or infinity"),
     "infinity": (with_one(-np.inf), "contains NaN or infinity"),
     "complex": (pixels(9).astype(np.complex64), "holds complex64 values"),
-    "promise": (promise(), "truncated: too short for 1024000000 pixels"),
+    "promise": (promise(16000), "truncated: too short for 256000000 pixels"),
+    "larger promise": (promise(32000), "its header says 32000 x 32000, too many pixels"),
+    "largest promise": (promise_of_nifti2(), "its header says .*, too many pixels"),
+    "empty pieces": (5_000 * gzip.compress(b""), "truncated gzip|not a NIfTI file"),
     "zero": (sized(0, 8), "no pixels, its header says 0 x 8"),
     "negative": (sized(-3, 8), "no pixels, its header says -3 x 8"),
     "folder": (None, "a folder named like an image"),
@@ -785,6 +795,45 @@ def write(path, content):
         path.write_bytes(content)
     else:
         save(path, content)
+
+
+def test_a_gzip_in_many_pieces_is_read(tmp_path, load):
+    """As bgzip writes them."""
+    root = folder(tmp_path / "d", [f"sub-{i}_{j}.nii.gz" for i in range(4) for j in range(2)])
+    want = by_path(load(root, cache_dir="none"))
+    path = root / "sub-1_0.nii.gz"
+    raw = gzip.decompress(path.read_bytes())
+    pieces = [gzip.compress(raw[i : i + 50]) for i in range(0, len(raw), 50)]
+    path.write_bytes(b"".join(pieces))
+    found = by_path(load(root, cache_dir="none"))
+    assert all(np.array_equal(found[name], want[name]) for name in want)
+
+
+def test_a_name_that_is_not_utf8(tmp_path, load):
+    root = folder(tmp_path / "d", [f"sub-{i}_{j}.nii.gz" for i in range(4) for j in range(2)])
+    other = os.fsencode(root / "sub-1_0.nii.gz").replace(b"_0", b"_\xe9")
+    os.rename(root / "sub-1_0.nii.gz", other)
+    with pytest.raises(UserError, match=r"sub-1_.*e9.nii.gz \(its name is not UTF-8; rename it"):
+        load(root, cache_dir="none")
+    assert len(load(root, cache_dir="none", skip_unreadable=True).report["classes"]) == 0
+    with pytest.raises(UserError, match=r"its name is not UTF-8"):
+        dataset.load_alone(os.fsdecode(other), (16, 16))
+
+
+def test_what_negative_values_are_shifted_by_is_known(tmp_path, load):
+    for i in range(4):
+        array = np.linspace(-1000, 1000, 32 * 32).reshape(32, 32)
+        save(tmp_path / f"sub-{i}_0.nii.gz", array)
+    data = load(tmp_path)
+    units = data["train"].batch([0])[0, 0].numpy() * data.intensity_scale + data.intensity_shift
+    assert np.abs(np.sort(units.ravel()) - np.linspace(-1000, 1000, 1024)).max() < 12
+
+
+def test_a_class_that_no_training_slice_has(tmp_path, load, capsys):
+    names = [f"{s}/{c}/sub-{s}{i}_0.nii.gz" for s in SPLITS for c in ("a", "b") for i in range(2)]
+    folder(tmp_path, [*names, "test/c/sub-9_0.nii.gz"])
+    load(tmp_path)
+    assert "no training slice is of class c" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("content", "reason"), BAD.values(), ids=BAD)

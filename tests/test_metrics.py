@@ -76,6 +76,28 @@ def test_body_mask_is_the_largest_region_with_its_holes():
     assert not metrics.body_mask(np.zeros_like(x)).any()
 
 
+def test_gaussian_ssim_against_the_formula_of_2004():
+    """An 11 x 11 window of sigma 1.5 within the slice, weighed sums, C1 = 0.01^2, C2 = 0.03^2."""
+    rng = np.random.default_rng(0)
+    x = ndimage.gaussian_filter(rng.random((40, 30)), 2).astype(np.float32)
+    y = (x + 0.05 * rng.standard_normal(x.shape)).clip(0, 1).astype(np.float32)
+    i = np.arange(-5, 6)
+    window = np.exp(-(i[:, None] ** 2 + i**2) / (2 * 1.5**2))
+    window /= window.sum()
+    values = []
+    for r in range(5, 35):
+        for c in range(5, 25):
+            a, b = (z[r - 5 : r + 6, c - 5 : c + 6].astype(float) for z in (x, y))
+            ma, mb = (window * a).sum(), (window * b).sum()
+            va, vb = (window * (a - ma) ** 2).sum(), (window * (b - mb) ** 2).sum()
+            cov = (window * (a - ma) * (b - mb)).sum()
+            top = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4)
+            values.append(top / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4)))
+    found = metrics.slice_scores(x, y)["ssim_gaussian"]
+    assert found == pytest.approx(np.mean(values), abs=1e-5)
+    assert np.isnan(metrics.slice_scores(x[:10], y[:10])["ssim_gaussian"])
+
+
 def test_black_background_does_not_count_in_the_body():
     rng = np.random.default_rng(0)
     x = np.zeros((64, 64), np.float32)
@@ -178,14 +200,15 @@ def test_pairwise_ssim_is_one_of_copies_and_less_of_others():
     assert metrics.pairwise_ssim(rng.random((5, 32, 32)), n_pairs=20) < 0.2
 
 
-def test_a_judge_tells_smooth_from_noisy_and_not_alike_from_alike():
+def test_a_judge_tells_smooth_from_noisy_and_not_alike_from_alike(monkeypatch):
+    monkeypatch.setattr(metrics, "JUDGE_UPDATES", 30)
     rng = np.random.default_rng(0)
     sharp = rng.random((3, 32, 32, 32))
     smooth = ndimage.uniform_filter(sharp[0], (0, 3, 3))
     patients = np.repeat(np.arange(8), 4)
-    told, _ = metrics.two_sample_accuracy(smooth, sharp[1], patients, n_updates=30)
+    told, _ = metrics.two_sample_accuracy(smooth, sharp[1], patients)
     assert told > 0.9
-    chance, (low, high) = metrics.two_sample_accuracy(sharp[2], sharp[1], patients, n_updates=30)
+    chance, (low, high) = metrics.two_sample_accuracy(sharp[2], sharp[1], patients)
     assert low < 0.5 < high
     assert low < chance < high
 

@@ -335,8 +335,12 @@ def test_the_same_seed_draws_the_same_and_temperature_zero_is_deterministic():
     a, b = (model.sample(3, generator=torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(a, b)
     assert torch.equal(model.sample(3, temperature=0), model.sample(3, temperature=0))
-    codes = model.sample(2, temperature=0)
+    rows = []
+    codes = model.sample(2, temperature=0, progress=lambda: rows.append(1))
     assert torch.equal(model(codes).argmax(1), codes)
+    assert len(rows) == model.config.size[0]
+    hardly_warm = model.sample(2, temperature=1e-30)
+    assert torch.equal(hardly_warm, codes)
 
 
 def test_a_grid_with_a_generator_of_its_own_does_not_depend_on_the_batch():

@@ -96,6 +96,10 @@ def test_the_commands_run_as_written(data, tmp_path, monkeypatch):
             words += ["--n_samples", 2, "--n_maps", 2]
         call([str(word) for word in words], cwd=code)
         ran.append(words[0])
+    for block in re.findall(r"```python\n(.*?)```", TEXT, re.S):
+        call(["-c", block.replace('load("phantom")', f"load({str(slices)!r})")], cwd=code)
+        ran.append("python")
+    assert "python" in ran
     assert ran.count("train.py") >= 6
     assert ran.count("predict.py") >= 4
 
