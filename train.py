@@ -47,7 +47,7 @@ PRESETS = {
         ),
         "pixelcnn": dict(
             model=dict(n_channels=64, n_layers=10, kernel_size=3, dropout=0.1),
-            train=dict(n_updates=3000, batch_size=8, learning_rate=4e-3, log_interval=300,
+            train=dict(n_updates=2000, batch_size=8, learning_rate=4e-3, log_interval=200,
                        average=0.99, **MODERN),
         ),
     },

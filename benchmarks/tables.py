@@ -166,6 +166,17 @@ def prior_ablation():
     )  # fmt: skip
 
 
+def prior_updates():
+    rows = []
+    for name, row in results("prior_updates")["rows"].items():
+        update, _, best = min(row["curve"], key=lambda entry: entry[2])
+        _, train, last = row["curve"][-1]
+        values = best, last, train, row["bits_per_code"]
+        rows.append([name, update, *(f"{x:.3f}" for x in values)])
+    return table(["change", "best update", "best validation", "last validation", "last training",
+                  "test, best weights"], rows)  # fmt: skip
+
+
 def pca():
     found = results("pca")
     test = found["test"]
@@ -270,7 +281,7 @@ TABLES = {
     f.__name__: f
     for f in (
         reconstruction, samples, bits, seconds, reach, vq_vae, ablation, pca, long, prior,
-        prior_ablation, sampling, quantizer, runs, presets, temperature, classes, flags_train,
+        prior_ablation, prior_updates, sampling, quantizer, runs, presets, temperature, classes, flags_train,
         flags_predict,
     )
 }  # fmt: skip

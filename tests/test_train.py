@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -421,6 +422,29 @@ def test_two_processes_equal_one_of_twice_the_batch(data, tmp_path):
     for i in range(5):
         a, b = (run / "predict" / "samples" / f"sample_{i:05d}.nii.gz" for run in (one, two))
         assert a.read_bytes() == b.read_bytes()
+
+
+OLD = "--n_hiddens 4 --n_residual_hiddens 4 --embedding_dim 2 --n_embeddings 8 --batch_size 2"
+
+
+def old_data(folder):
+    """Slices that are the same wherever they are made."""
+    for i in range(12):
+        image = (np.add.outer(np.arange(16) * (i + 1), np.arange(16) * 5) % 256).astype(np.uint8)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"sub-{i // 2}_{i % 2}.png")
+    return folder
+
+
+def test_the_oldest_checkpoint_goes_on(tmp_path):
+    """A run of format 1 that was stopped after two updates, kept in the repository."""
+    shutil.copytree(Path(__file__).parent / "format_1" / "stopped", tmp_path / "run")
+    data = old_data(tmp_path / "data")
+    words = f"train.py --mode vq_vae --data {data} --run_dir {tmp_path / 'run'} --precision fp32"
+    call(f"{words} {OLD} --n_updates 4 --log_interval 2")
+    log = [json.loads(line) for line in (tmp_path / "run" / "vq_vae" / "log.jsonl").open()]
+    assert [entry["update"] for entry in log] == [2, 4]
+    assert log[1]["train"]["reconstruction"] == pytest.approx(1.49976, rel=1e-3)
 
 
 def test_a_collapse_is_called_out_while_it_happens(data, tmp_path, monkeypatch, capsys):
