@@ -426,10 +426,9 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     if state["update"] == 0:
         save(save_checkpoint, *everything)
     shown = {}
-    again = "the same command" + (", without --fresh," if args.fresh else "")
     diverged = (
-        f"{directory}: {{}} at update {{}}; what was saved is good, and {again} goes on from it; "
-        "give it a lower --learning_rate"
+        f"{directory}: {{}} at update {{}}; what was saved is good, and {utils.again()} goes on "
+        "from it; give it a lower --learning_rate"
     )
 
     def validate():
@@ -492,8 +491,8 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
             if is_due or told or (is_last and state["best"] is not None):
                 save(save_checkpoint, *everything)
             if told and not is_done(log, state, options):
-                text = f"{directory}: saved at update {state['update']}; {again} goes on from there"
-                raise utils.Stopped((signals or [SIGTERM])[0], text)
+                text = f"{directory}: saved at update {state['update']}; {utils.again()} goes on"
+                raise utils.Stopped((signals or [SIGTERM])[0], f"{text} from there")
     if state["best"] is None:
         raise UserError(diverged.format("no finite gradient", state["update"]))
     best_so_far = f"{state['best']:.4f} at update {state['best_update']}"

@@ -44,15 +44,18 @@ class UserError(Exception):
     """A mistake the user can mend: one line that says which file, what is wrong, what to do."""
 
 
-class Stopped(Exception):
-    """A signal ended a command that had time to save its work; args: its number, what to say."""
+class Stopped(BaseException):
+    """A signal ended a command that had time to save its work; args: its number, what to say.
+
+    No `Exception`, as KeyboardInterrupt is none: it ends whatever is being tried.
+    """
 
 
 def run_main(main):
     """Run a command; a `UserError` becomes one line on stderr and exit status 2."""
 
     def stop(number, _):  # as Ctrl-C does: temporary files are removed, other processes ended
-        raise Stopped(number, "stopped; the same command goes on from what was saved")
+        raise Stopped(number, f"stopped; {again()} goes on from what was saved")
 
     try:
         signal.signal(signal.SIGTERM, stop)
@@ -76,8 +79,13 @@ def run_main(main):
         )
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from what was saved", file=sys.stderr)
+        print(f"\nstopped; {again()} goes on from what was saved", file=sys.stderr)
         sys.exit(130)
+
+
+def again():
+    """What goes on with a run: --fresh a second time would delete it."""
+    return "the same command" + (", without --fresh," if "--fresh" in sys.argv else "")
 
 
 @contextlib.contextmanager

@@ -127,6 +127,23 @@ def test_a_signal_ends_the_update_saves_and_the_run_goes_on(
     assert_the_same(tmp_path / "run" / "vq_vae", run_dir / "vq_vae")
 
 
+def test_a_signal_while_slices_are_decoded_leaves_nothing(data, tmp_path):
+    code = (
+        "import dataset, os, signal, train, utils\n"
+        "original = dataset._images\n"
+        "def images(*args):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return original(*args)\n"
+        "dataset._images = images\n"
+        "utils.run_main(train.main)\n"
+    )
+    cache = tmp_path / "cache"
+    flags = f"--mode vq_vae --data {data} --run_dir {tmp_path / 'run'} {SMALL_VQ_VAE} --workers 1"
+    _, err = call(["-c", code, *flags.split(), "--cache_dir", cache], code=143)
+    assert "stopped; the same command goes on" in err
+    assert list(cache.iterdir()) == []
+
+
 def test_a_second_ctrl_c_leaves_at_once(data, tmp_path):
     """Both in the middle of update 2, which therefore is not made."""
     flags = f"--mode vq_vae --data {data} {SMALL_VQ_VAE} --log_interval 1"
