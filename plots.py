@@ -220,6 +220,7 @@ def usage(counts, path, config):
     axis.plot(np.arange(1, len(share) + 1), np.where(share > 0, share, np.nan), "C0")
     axis.axhline(1 / len(share), color="C1", label="all codes alike")
     axis.set(yscale="log", xlabel="code, the most used first", ylabel="share of all places")
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.legend()
     axis.grid(alpha=0.3)
     used = int((counts > 0).sum())
@@ -257,6 +258,7 @@ def data_set(data, out):
         counts, edges = np.histogram(some, bins=100, range=(0, 1), density=True)
         bars.stairs(counts, edges, label=f"{name} ({len(some)} slices)")
     bars.set(yscale="log", xlabel="intensity in use", ylabel="density of pixels", title=data.name)
+    bars.yaxis.set_major_formatter("{x:g}")
     bars.legend()
     sheet.suptitle(data.describe(), fontsize=8)
     _write(sheet, out / "contact_sheet.png")
@@ -270,6 +272,7 @@ def data_set(data, out):
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+h1, h2, h3 { break-after: avoid; }
 img { max-width: 100%; height: auto; }
 figure { margin: 1rem 0; break-inside: avoid; }
 figcaption { font-size: 0.9rem; color: #444; }
@@ -307,8 +310,9 @@ def report(result, config, out, run_dir):
     if config["data"]["is_phantom"]:
         text = "PHANTOM: synthetic slices; nothing here is of a patient."
         parts.append(f'<p class="phantom">{text}</p>')
+    who = "bodies" if config["data"]["is_phantom"] else "patients"
     splits = {
-        split: f"{n['slices']} slices of {n['patients']} patients"
+        split: f"{n['slices']} slices of {n['patients']} {who}"
         for split, n in result["data"]["report"]["splits"].items()
     }
     parts += ["<h2>Data</h2>", _table(splits | {"scored": result["protocol"]["split"]})]
