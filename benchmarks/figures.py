@@ -14,7 +14,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from keep import copy_small
+from demo import copy_small
 from matplotlib.patches import FancyBboxPatch
 from torch import nn
 
