@@ -103,7 +103,8 @@ def reach():
     rows = []
     for gap, row in results("reach")["rows"].items():
         low, high = row["ci95"]
-        rows.append([gap, f"{row['more_bits_per_code']:.4f} ({low:.4f} to {high:.4f})"])
+        cell = f"{row['more_bits_per_code']:.4f} ({low:.4f} to {high:.4f})"
+        rows.append([gap, cell.replace("-0.0000", "0.0000")])
     return table(["rows between that stay", "more bits per code (95 %)"], rows)
 
 
