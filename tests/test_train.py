@@ -148,12 +148,13 @@ def test_a_second_ctrl_c_leaves_at_once(data, tmp_path):
     """Both in the middle of update 2, which therefore is not made."""
     flags = f"--mode vq_vae --data {data} {SMALL_VQ_VAE} --log_interval 1"
     code = (
-        "import os, signal, train, utils\n"
+        "import os, signal, time, train, utils\n"
         "original, calls = train.batch_indices, []\n"
         "def batch_indices(*args):\n"
         "    calls.append(0)\n"
         "    if len(calls) == 2:\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(0.5)\n"  # or the two are taken for one
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "    return original(*args)\n"
         "train.batch_indices = batch_indices\n"
