@@ -61,7 +61,8 @@ PROTOCOL = {
     "best_match_ssim": "nearest slice of the split: best SSIM among the 16 of least squared "
     "difference at a quarter of the resolution",
     "copies": "as near to a training slice as 95 % of training slices are to their reconstructions",
-    "two_sample_accuracy": "4 folds, by patient; a network of four strided convolutions, "
+    "two_sample_accuracy": "4 folds, by patient; a network of four strided convolutions on the "
+    "slice and what a 3 x 3 mean takes away, "
     f"{metrics.JUDGE_UPDATES} updates on crops of {metrics.CROP}; Wilson interval, which "
     "takes slices for independent",
 }
