@@ -216,7 +216,7 @@ def main():
             row, pictures, figures = done.result()
             rows[row] = figures
             test = figures["test"]
-            shown |= dict(zip((row, f"{row}: {test['used']} codes"), pictures, strict=False))
+            shown |= dict(zip((row, f"{row}:\n{test['used']} codes"), pictures, strict=False))
             print(
                 f"{row:22s} {figures['updates']:5d} updates, SSIM {test['ssim']:.4f}, body "
                 f"{test['ssim_body']:.4f}, PSNR {test['psnr']:.2f}, {test['used']} codes, "

@@ -213,6 +213,16 @@ def test_a_judge_tells_smooth_from_noisy_and_not_alike_from_alike(monkeypatch):
     assert low < chance < high
 
 
+def test_a_judge_sees_fine_texture_beside_shapes():
+    """Slices of shapes, some of them blurred by three pixels: what tells samples from slices."""
+    rng = np.random.default_rng(0)
+    shapes = ndimage.gaussian_filter(rng.random((2, 32, 72, 72)), (0, 0, 8, 8)) * 20 - 9.5
+    sharp = shapes.clip(0, 1) + 0.03 * rng.standard_normal(shapes.shape)
+    blurred = ndimage.uniform_filter(sharp[0], (0, 3, 3))
+    told, _ = metrics.two_sample_accuracy(blurred, sharp[1], np.repeat(np.arange(8), 4))
+    assert told > 0.95
+
+
 def test_wilson_interval_against_its_defining_equation():
     p, (low, high) = metrics._wilson(70, 100)
     for bound in (low, high):  # where p is 1.96 standard errors away
