@@ -1,5 +1,6 @@
 """Training: the order of the data, and runs that are stopped and go on."""
 
+import itertools
 import json
 import os
 import platform
@@ -390,12 +391,27 @@ def moved(run, stage):
     return weights, {name: weights[name].float() - first[name].float() for name in weights}
 
 
+APART = """
+import os, runpy, sys
+sys.path.insert(0, os.getcwd())
+sys.argv = [word.replace("RANK", os.environ["RANK"]) for word in sys.argv[1:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_two_processes_equal_one_of_twice_the_batch(data, tmp_path):
     """Both stages: k-means start, revival, diversity term, hidden labels, averaged weights.
 
-    The slices have no blank background, whose vectors are as near to one code as to the next.
+    The slices have no blank background, whose vectors are as near to one code as to the next. Only
+    the first process writes: in a folder of its own the second one leaves nothing.
     """
-    one, two, data = tmp_path / "one", tmp_path / "two", tmp_path / "data"
+    one, two, second, data = (tmp_path / name for name in ("one", "two_0", "two_1", "data"))
+    script = tmp_path / "apart.py"
+    script.write_text(APART)
     rng = np.random.default_rng(0)
     for i in range(24):
         folder = data / f"sub-{i // 3}"
@@ -406,7 +422,14 @@ def test_two_processes_equal_one_of_twice_the_batch(data, tmp_path):
     prior = f"--mode pixelcnn --precision fp32 {SMALL_PRIOR} --dropout 0 --learning_rate 0.03"
     for stage, words in (("vq_vae", flags), ("pixelcnn", prior)):
         call(f"train.py --run_dir {one} {words} --batch_size 4")
-        call(f"train.py --run_dir {two} {words} --batch_size 2", processes=2)
+        if stage == "pixelcnn":  # starts from the same
+            shutil.rmtree(two / "vq_vae")
+            for name, run in itertools.product(("vq_vae", "codes"), (two, second)):
+                shutil.copytree(one / name, run / name)
+        before = files(second)
+        here = f"--run_dir {tmp_path / 'two_RANK'}"
+        call(f"{script} train.py {here} {words} --batch_size 2", processes=2)
+        assert files(second) == before
         (a, way), (b, _) = (moved(run, stage) for run in (one, two))
         for name in a:
             apart = float((b[name].float() - a[name].float()).norm())
@@ -417,8 +440,6 @@ def test_two_processes_equal_one_of_twice_the_batch(data, tmp_path):
                 assert y["train"][name] == pytest.approx(x["train"][name], rel=1e-4)
             for name in x["validate"].keys() & {"ssim", "psnr", "bits_per_code"}:
                 assert y["validate"][name] == pytest.approx(x["validate"][name], rel=1e-3)
-        shutil.rmtree(two / "vq_vae")  # so that stage 2 starts from the same
-        shutil.copytree(one / "vq_vae", two / "vq_vae")
 
     # now by one process, then by two again: the slices go on where they stopped
     out, _ = call(f"train.py --run_dir {two} {prior} --batch_size 4 --n_updates 6")
@@ -433,6 +454,9 @@ def test_two_processes_equal_one_of_twice_the_batch(data, tmp_path):
     assert "note: an update is of 1 x 2 slices" in out
     _, err = call(f"train.py --run_dir {two} {prior} --batch_size 4 --n_updates 10", code=2)
     assert "holds a run with batch_size 2, not 4" in err
+
+    _, err = call(f"{script} train.py {here} {prior} --n_updates 10", processes=2, code=1)
+    assert "two_0/pixelcnn: not the same on all machines; choose a disk they share" in err
 
     for out, processes in ((one, None), (two, 2)):
         words = f"predict.py --run_dir {one} --n_samples 5 --out {out / 'predict'}"
