@@ -381,9 +381,12 @@ class PixelCNNConfig:
     dropout: float = 0.1
     n_classes: int = 0  # number of labels; 0 for none
     n_depths: int = 8  # places along a volume between which the atlas of `GatedPixelCNN` is mixed
+    mirror: str = "none"  # or "rows", "columns": their second half also sees the first one, flipped
 
     def __post_init__(self):
         object.__setattr__(self, "size", tuple(self.size))
+        if self.mirror not in ("none", "rows", "columns"):
+            raise ValueError(f"mirror must be 'none', 'rows' or 'columns', not {self.mirror!r}")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
         if not 0 <= self.dropout < 1:
@@ -432,13 +435,43 @@ class GatedLayer(nn.Module):
         return v, h
 
 
+class Mirror(nn.Sequential):
+    """What the first half of the grid, flipped onto the second, says of the codes there.
+
+    A body's left and right are alike, but as codes follow one another they lie far apart: a stack
+    of small kernels never learns that one hip is as large as the other.
+    """
+
+    REACH = 3  # rows and columns around the mirror image of a place that its kernel covers
+
+    def __init__(self, config):
+        c, r = config.n_channels, self.REACH
+        self.axis = {"rows": 2, "columns": 3}[config.mirror]
+        below = r if config.mirror == "rows" else 0  # codes there are not of the past in columns
+        super().__init__(
+            nn.ZeroPad2d((r, r, r, below)),
+            nn.Conv2d(c, c, (r + 1 + below, 2 * r + 1)),
+            nn.ReLU(),
+            nn.Conv2d(c, c, 1),
+        )
+
+    def forward(self, e):
+        """Embeddings (B, C, h, w), of which only the first half is read -> (B, C, h, w)."""
+        n = e.shape[self.axis]
+        if n < 2:
+            return torch.zeros_like(e)
+        half = super().forward(e.narrow(self.axis, 0, n // 2).flip(self.axis))
+        return F.pad(half, (0, 0, n - n // 2, 0) if self.axis == 2 else (n - n // 2, 0))
+
+
 class GatedPixelCNN(nn.Module):
     """p(codes) = prod_i p(code_i | codes above and to the left of i, label, depth), [2] eq. 1, 4.
 
     Label and depth reach every layer as the bias of [2] eq. 4. Depth, a slice's relative position
     in its volume, also picks from a learned atlas of the grid, a map of C channels for each of
     `n_depths` places along the volume: what lies where depends on the depth above all, and the
-    network need not carry that from code to code.
+    network need not carry that from code to code. With `mirror` the second half of the grid also
+    sees the first one, flipped (see `Mirror`).
     """
 
     def __init__(self, config):
@@ -451,6 +484,7 @@ class GatedPixelCNN(nn.Module):
         self.depth = nn.Parameter(torch.empty(config.n_depths + 1, c))
         self.label = nn.Parameter(torch.empty(config.n_classes + 1, c))
         self.conditions = nn.Linear(c, 2 * c * config.n_layers, bias=False)
+        self.mirror = None if config.mirror == "none" else Mirror(config)
         self.layers = nn.ModuleList(GatedLayer(config) for _ in range(config.n_layers))
         self.head = nn.Sequential(
             nn.ReLU(), nn.Conv2d(c, 2 * c, 1), nn.ReLU(), nn.Conv2d(2 * c, config.n_embeddings, 1)
@@ -461,6 +495,8 @@ class GatedPixelCNN(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.5)
         for parameter in (self.atlas, self.depth, self.label):
             nn.init.normal_(parameter, std=0.02)
+        if self.mirror is not None:
+            nn.init.zeros_(self.mirror[-1].weight)
         for layer in self.layers:
             nn.init.zeros_(layer.v_out.weight)  # each layer starts as the identity
             nn.init.zeros_(layer.h_out.weight)
@@ -495,6 +531,8 @@ class GatedPixelCNN(nn.Module):
         e = self.embedding(codes).permute(0, 3, 1, 2)  # (B, C, h, w)
         v = F.pad(e, (0, 0, 1, 0))[:, :, :-1] + atlas  # row r holds row r - 1
         h = F.pad(e, (1, 0, 0, 0))[:, :, :, :-1] + atlas  # column c holds column c - 1
+        if self.mirror is not None:
+            h = h + self.mirror(e)
         for layer, condition in zip(self.layers, conditions, strict=True):
             v, h = layer(v, h, condition)
         return self.head(h)
@@ -607,7 +645,10 @@ class GatedPixelCNN(nn.Module):
         inner = gated[:, :c]  # the last column multiplies the bias
         hidden, last = ((conv.weight.flatten(1), conv.bias) for conv in self.head[1::2])
         previous_row = torch.zeros(n, c, columns, **like)
+        of_h = atlas.clone()  # the mirror image is added as it becomes known
         for i in range(rows):
+            if self.config.mirror == "rows" and i == rows - rows // 2:
+                of_h += self.mirror(self._known(codes))
             v = previous_row + atlas[:, :, i]  # (n, C, w)
             from_above = []  # per layer, what the horizontal stack adds at each column
             for layer, condition, window in zip(self.layers, conditions, above, strict=True):
@@ -620,7 +661,10 @@ class GatedPixelCNN(nn.Module):
                 v = v + layer.v_out(gate(y + condition))[:, :, 0]
             code_left = torch.zeros(n, c, **like)
             for j in range(columns):
-                torch.add(code_left, atlas[:, :, i, j], out=place[j][0])
+                if self.config.mirror == "columns" and j == columns - columns // 2:
+                    rows_above = codes[:, max(0, i - Mirror.REACH) : i + 1]
+                    of_h[:, :, i] += self.mirror(self._known(rows_above))[:, :, -1]
+                torch.add(code_left, of_h[:, :, i, j], out=place[j][0])
                 for k in range(n_layers):
                     torch.addmm(from_above[k][j], covered[j][k], kernels[k], out=x)
                     x.tanh_()
@@ -630,6 +674,10 @@ class GatedPixelCNN(nn.Module):
                 yield i, j, F.linear(F.relu(F.linear(h, *hidden)), *last)  # self.head
                 code_left = self.embedding(codes[:, i, j])
             previous_row = self.embedding(codes[:, i]).transpose(1, 2)
+
+    def _known(self, codes):
+        """(n, h, w) codes, -1 where not drawn yet -> embeddings (n, C, h, w)."""
+        return self.embedding(codes.clamp(min=0)).permute(0, 3, 1, 2)
 
     def _horizontal_matrices(self):
         """The horizontal stack's weights for `logits_in_order`, where one tanh does for a gate.

@@ -15,6 +15,7 @@ import operator
 import os
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 from signal import SIGTERM
 
@@ -42,12 +43,12 @@ PRESETS = {
             model=dict(n_hiddens=96, n_residual_hiddens=96, n_residual_layers=2, embedding_dim=32,
                        n_embeddings=512, beta=0.25, downsample=8, codebook="ema",
                        diversity=0.01),
-            train=dict(n_updates=1200, batch_size=8, learning_rate=4e-3, log_interval=200,
+            train=dict(n_updates=1100, batch_size=8, learning_rate=4e-3, log_interval=220,
                        loss="l1_ssim", average=0.0, **MODERN),
         ),
         "pixelcnn": dict(
-            model=dict(n_channels=64, n_layers=10, kernel_size=3, dropout=0.1),
-            train=dict(n_updates=1600, batch_size=8, learning_rate=4e-3, log_interval=200,
+            model=dict(n_channels=64, n_layers=10, kernel_size=3, dropout=0.1, mirror="auto"),
+            train=dict(n_updates=1400, batch_size=8, learning_rate=4e-3, log_interval=200,
                        average=0.99, **MODERN),
         ),
     },
@@ -60,7 +61,7 @@ PRESETS = {
                        loss="l1_ssim", average=0.0, **MODERN),
         ),
         "pixelcnn": dict(
-            model=dict(n_channels=128, n_layers=15, kernel_size=3, dropout=0.2),
+            model=dict(n_channels=128, n_layers=15, kernel_size=3, dropout=0.2, mirror="auto"),
             train=dict(n_updates=30000, batch_size=32, learning_rate=1e-3, log_interval=500,
                        average=0.999, **MODERN),
         ),
@@ -74,7 +75,7 @@ PRESETS = {
                        loss="mse", **CLASSIC),
         ),
         "pixelcnn": dict(
-            model=dict(n_channels=64, n_layers=15, kernel_size=3, dropout=0.0),
+            model=dict(n_channels=64, n_layers=15, kernel_size=3, dropout=0.0, mirror="none"),
             train=dict(n_updates=5000, batch_size=32, learning_rate=3e-4, log_interval=50,
                        **CLASSIC),
         ),
@@ -146,6 +147,8 @@ def parser():
     add(two, "n_layers", "gated layers", **count)
     add(two, "kernel_size", "odd; codes from side to side", **count)
     add(two, "dropout", "share of activations hidden in training", **real)
+    text = "half of the grid also seen flipped, as bodies are even; auto takes the evener axis"
+    add(two, "mirror", text, choices=["auto", "none", "rows", "columns"])
     runtime = utils.add_runtime_arguments(p)
     runtime.add_argument(
         "--compile", action="store_true", help="compile the network: a slow start, faster updates"
@@ -291,6 +294,8 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
         tuple(torch.from_numpy(x) for x in (codes[s], data[s].labels, data[s].positions))
         for s in ("train", "validate")
     )
+    if settings["model"]["mirror"] == "auto":
+        settings["model"]["mirror"] = evener_axis(data["train"])
     model_config = configure(
         PixelCNNConfig,
         {
@@ -329,6 +334,14 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
 
     best = ("bits_per_code", operator.lt)
     fit(args, run_dir / "pixelcnn", config, model, len(train[0]), loss_of, score, best)
+
+
+def evener_axis(split):
+    """"rows" or "columns", in which slices are more like their mirror images; blurred, and some."""
+    some = np.unique(np.linspace(0, len(split) - 1, 256).round().astype(int))
+    x = F.avg_pool2d(split.batch(some), 8, ceil_mode=True)
+    apart = {name: (x - x.flip(axis)).abs().mean() for name, axis in (("rows", 2), ("columns", 3))}
+    return min(apart, key=apart.get)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -605,12 +618,13 @@ def resume(directory, config, model, averaged, optimizer, state, running):
         )
     now, before = config["processes"], stored.get("processes", 1)
     batch_sizes = [c["train"]["batch_size"] for c in (config, stored)]
+    then = {field.name: field.default for field in fields(type(averaged.config))}  # of older runs
     may_change = MAY_CHANGE | ({"batch_size"} if now != before else set())
     for part in ("model", "train", "data"):
         for name in config[part]:
             if name in may_change or (part == "data" and name != "fingerprint"):
                 continue
-            old, new = stored[part].get(name), config[part][name]
+            old, new = stored[part].get(name, then.get(name)), config[part][name]
             if old != new:
                 if name == "fingerprint":
                     name, old, new = "data", _named(stored["data"]), _named(config["data"])

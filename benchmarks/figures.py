@@ -94,6 +94,7 @@ def architecture(vq_vae, prior, size, path):
     n_layers = prior.config.n_layers
     h, w = prior.config.size
     grid = f"{h} x {w}"
+    left = " a\ncode left" if prior.mirror is None else " left, + mirror image"
     rows = [
         ("encoder", [("slice", f"1 x {size[0]} x {size[1]}"), *encoder], "#cfe3f5"),
         ("vector quantiser", [
@@ -108,7 +109,7 @@ def architecture(vq_vae, prior, size, path):
         ], "#ecd6ee"),
         ("prior, horizontal", [
             ("codes", grid),
-            ("embeddings a\ncode left, + atlas", f"{c} x {grid}"),
+            (f"embeddings{left}, + atlas", f"{c} x {grid}"),
             (f"{n_layers} x: 1 x {k // 2 + 1} conv,\n+ vertical, gate", f"{c} x {grid}"),
             ("2 conv 1 x 1", f"{prior.config.n_embeddings} x {grid}"),
             ("p(code | codes\nbefore it)", f"{prior.config.n_embeddings} x {grid}"),

@@ -20,6 +20,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import harness
+import numpy as np
+import temperature
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,8 +30,8 @@ from modules import GatedPixelCNN, gate
 
 ROWS = {
     "demo": [],
+    "no mirror": ["--mirror", "none"],
     "no depth": [],
-    "no label": [],
     "embeddings from nothing": [],
     "no averaged weights": [],
     "no dropout": ["--dropout", "0"],
@@ -38,8 +40,6 @@ ROWS = {
     "dilated by 1, 2, 4": [],
     "causal attention halfway": [],
     "normalised channels": [],
-    "14 layers": ["--n_layers", "14"],
-    "96 channels": ["--n_channels", "96"],
 }
 
 
@@ -165,10 +165,6 @@ def apply(row):
             train.PRESETS["demo"]["pixelcnn"]["train"]["average"] = 0.0
         elif change == "embeddings from nothing":
             train.GatedPixelCNN.start_from = ClassicPrior.start_from
-        elif change == "no label":
-            train.GatedPixelCNN.forward = lambda self, codes, label, depth: original(
-                self, codes, None, depth
-            )
         elif change == "no depth":
             train.GatedPixelCNN.forward = lambda self, codes, label, depth: original(
                 self, codes, label, None
@@ -191,6 +187,37 @@ def bits(data, run_dir, kind):
     every = harness.metrics.code_bits(model, codes, *given, device)
     parameters = sum(p.numel() for p in model.parameters())
     return {"bits_per_code": float(every.mean(dtype="float64")), "parameters": parameters}
+
+
+def drawn(data, run_dir, kind, n):
+    """Figures of n samples, drawn as predict.py does, against the validation split; and of the
+    same number of real slices, and of their reconstructions."""
+    harness.utils.STAGES["pixelcnn"] = (harness.train.PixelCNNConfig, kind)
+    vq_vae, prior = (harness.utils.load_model(run_dir, s) for s in harness.utils.STAGES)
+    metrics, device, rng = harness.metrics, torch.device("cpu"), np.random.default_rng(0)
+    real, held = (
+        data[s].batch(np.sort(rng.choice(len(data[s]), n, replace=False)))[:, 0].numpy()
+        for s in ("train", "validate")
+    )
+    t, w = temperature.DEFAULT
+    made = temperature.draw(vq_vae, prior, data["train"].positions, n, temperature=t, guidance=w)
+    of_held = metrics.features(vq_vae, held, device)
+    is_turned = harness.train.evener_axis(data["train"]) == "columns"
+    rows = {}
+    for name, images in (
+        ("samples", made), ("real", real), ("reconstructed", metrics.through(vq_vae, real, device))
+    ):  # fmt: skip
+        features = metrics.features(vq_vae, images, device)
+        apart = [temperature.halves_differ(image.T if is_turned else image) for image in images]
+        precision, recall = metrics.precision_recall(of_held, features)
+        rows[name] = {
+            "halves_differ": float(np.mean(apart)),
+            "standard_error": float(np.std(apart) / n**0.5),
+            "frechet": float(metrics.frechet_distance(features, of_held)),
+            "precision": float(precision),
+            "recall": float(recall),
+        }
+    return rows
 
 
 def prepare(data, run_dir, folder):
@@ -235,7 +262,7 @@ def race(data, path, base, minutes):
     harness.save("prior", result)
 
 
-def run_row(path, base, row, seconds, n_updates):
+def run_row(path, base, row, seconds, n_updates, n_drawn):
     torch.set_num_threads(1)
     kind, flags = apply(row)
     data = harness.dataset.load(path, progress=False) if n_updates else harness.load(path)
@@ -256,6 +283,8 @@ def run_row(path, base, row, seconds, n_updates):
                 (e["update"], *(e[k]["bits_per_code"] for k in ("train", "validate")))
                 for _, e in log
             ]
+        if n_drawn:
+            figures["drawn"] = drawn(harness.dataset.load(path), run_dir, kind, n_drawn)
         return row, figures
 
 
@@ -266,7 +295,7 @@ def ablation(data, base, args):
         budget = {"data": data.name, "updates": n_updates}
     rows = harness.rows_so_far(out, budget)
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
-        of_all = seconds, n_updates
+        of_all = seconds, n_updates, args.draw
         for done in [pool.submit(run_row, args.data, base, row, *of_all) for row in args.rows]:
             row, rows[row] = done.result()
             print(f"{row:24s} {rows[row]}", flush=True)
@@ -283,6 +312,8 @@ def main():
     p.add_argument("--seconds", type=float, default=120.0, help="of one core, per row")
     text = "updates of each row, in place of a time; validates on the whole split"
     p.add_argument("--updates", type=int, default=0, metavar="N", help=text)
+    text = "samples to draw of each row, and to measure"
+    p.add_argument("--draw", type=int, default=0, metavar="N", help=text)
     text = "rows to run; several changes at once are joined by ' + '"
     p.add_argument("--rows", nargs="+", default=list(ROWS), help=text)
     p.add_argument("--out", default="prior_ablation", help="name of the file of results")

@@ -34,8 +34,9 @@ def main():
     rows = []
     for n, size in SETTINGS:
         torch.manual_seed(0)
-        config = PixelCNNConfig(512, size, **train.PRESETS["demo"]["pixelcnn"]["model"])
-        model = GatedPixelCNN(config).eval()
+        options = train.PRESETS["demo"]["pixelcnn"]["model"] | {"mirror": "rows"}
+        model = GatedPixelCNN(PixelCNNConfig(512, size, **options)).eval()
+        model.mirror[-1].weight.normal_(std=0.05)
         for layer in model.layers:  # a fresh layer is the identity, which would hide an error
             layer.v_out.weight.normal_(std=0.05)
             layer.h_out.weight.normal_(std=0.05)

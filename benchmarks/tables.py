@@ -179,6 +179,22 @@ def prior_updates():
                   "test, best weights"], rows)  # fmt: skip
 
 
+def mirror():
+    rows = []
+    for data, name in (("phantom", "mirror"), ("brain", "mirror_brain")):
+        found = results(name)["rows"]
+        both = ("samples, with mirror", found["demo"]), ("samples, without", found["no mirror"])
+        drawn = [(kind, row["drawn"]["samples"], f"{row['bits_per_code']:.3f}") for kind, row in both]
+        drawn += [(kind, found["demo"]["drawn"][kind], "") for kind in ("real", "reconstructed")]
+        for kind, row, bits in drawn:
+            halves = f"{row['halves_differ']:.3f} +- {row['standard_error']:.3f}"
+            others = (f"{row[key]:.3f}" for key in ("frechet", "precision", "recall"))
+            rows.append([data, kind, bits, halves, *others])
+    head = ["data", "slices", "bits per code, test", "halves differ", "Fréchet", "precision",
+            "recall"]  # fmt: skip
+    return table(head, rows)
+
+
 def pca():
     found = results("pca")
     test = found["test"]
@@ -283,7 +299,7 @@ TABLES = {
     f.__name__: f
     for f in (
         reconstruction, samples, bits, seconds, reach, vq_vae, ablation, pca, long, prior,
-        prior_ablation, prior_updates, sampling, quantizer, runs, presets, temperature, classes,
+        prior_ablation, prior_updates, mirror, sampling, quantizer, runs, presets, temperature, classes,
         flags_train, flags_predict,
     )
 }  # fmt: skip

@@ -28,10 +28,10 @@ def named(temperature, guidance):
     return f"temperature {temperature:g}, guidance {guidance:g}"
 
 
-def draw(vq_vae, prior, depths, **settings):
-    generators = [harness.utils.generator(0, i) for i in range(N)]
+def draw(vq_vae, prior, depths, n=N, **settings):
+    generators = [harness.utils.generator(0, i) for i in range(n)]
     picks = [torch.randint(len(depths), (), generator=g).item() for g in generators]
-    codes = prior.sample(N, generator=generators, depth=depths[picks], **settings)
+    codes = prior.sample(n, generator=generators, depth=depths[picks], **settings)
     with torch.inference_mode():
         return vq_vae.decode(codes).clamp(0, 1)[:, 0].numpy()
 

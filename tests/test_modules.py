@@ -244,28 +244,39 @@ def within_reach(i, j, a, b, n_layers, r):
 
 @pytest.mark.parametrize("size", [(5, 9), (9, 5), (7, 11)])
 @pytest.mark.parametrize("kernel_size", [3, 5])
-def test_causality_by_gradients_everywhere(size, kernel_size):
+@pytest.mark.parametrize("mirror", ["none", "rows", "columns"])
+def test_causality_by_gradients_everywhere(size, kernel_size, mirror):
     """Zero from itself and the future, not from the past in reach: no leak, no blind spot."""
-    model = prior(size=size, n_layers=3, kernel_size=kernel_size).double()
+    model = prior(size=size, n_layers=3, kernel_size=kernel_size, mirror=mirror).double()
     # eight inputs, since a ReLU may well hide a way from any one of them
     embedded = torch.randn(8, *size, 6, dtype=torch.double, requires_grad=True)
     model.embedding = torch.nn.Module()
     model.embedding.forward = lambda codes: embedded
     logits = model(torch.zeros(8, *size, dtype=torch.long))
+    rows, columns = size
+
+    def image_of(i, j):
+        if mirror == "rows" and i >= rows - rows // 2:
+            return [(rows - 1 - i, j)]
+        if mirror == "columns" and j >= columns - columns // 2:
+            return [(i, columns - 1 - j)]
+        return []
+
     for i, j in np.ndindex(*size):
         (grad,) = torch.autograd.grad(logits[:, :, i, j].sum(), embedded, retain_graph=True)
         seen = grad.abs().sum((0, -1)) > 0
         for a, b in np.ndindex(*size):
             if (a, b) >= (i, j):
                 assert not seen[a, b], f"{(i, j)} sees {(a, b)}"
-            elif within_reach(i, j, a, b, 3, kernel_size // 2):
+            elif within_reach(i, j, a, b, 3, kernel_size // 2) or (a, b) in image_of(i, j):
                 assert seen[a, b], f"{(i, j)} is blind to {(a, b)}"
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])
 @pytest.mark.parametrize("size", [(5, 9), (9, 5), (7, 11), (1, 6), (6, 1)])
-def test_cached_logits_equal_the_full_pass(size, kernel_size):
-    model = prior(size=size, n_classes=3, kernel_size=kernel_size)
+@pytest.mark.parametrize("mirror", ["none", "rows", "columns"])
+def test_cached_logits_equal_the_full_pass(size, kernel_size, mirror):
+    model = prior(size=size, n_classes=3, kernel_size=kernel_size, mirror=mirror)
     codes = torch.randint(7, (4, *size))
     label, depth = torch.tensor([0, 2, -1, 1]), torch.tensor([0.3, -1, 1, 0])
     full = model(codes, label, depth)
@@ -273,8 +284,9 @@ def test_cached_logits_equal_the_full_pass(size, kernel_size):
         torch.testing.assert_close(logits, full[:, :, i, j], rtol=0, atol=1e-4)
 
 
-def test_probabilities_of_all_grids_sum_to_one():
-    model = prior(k=2, size=(2, 3)).double()
+@pytest.mark.parametrize("mirror", ["none", "rows", "columns"])
+def test_probabilities_of_all_grids_sum_to_one(mirror):
+    model = prior(k=2, size=(2, 3), mirror=mirror).double()
     grids = torch.tensor(list(itertools.product([0, 1], repeat=6))).view(-1, 2, 3)
     log_p = -F.cross_entropy(model(grids), grids, reduction="none").sum((1, 2))
     assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-9)
@@ -290,13 +302,15 @@ def test_probabilities_of_all_grids_sum_to_one():
         {"label": 1, "depth": 0.3, "guidance": 1.5},
         {"given": 1},
         {"each its own generator": True},
+        {"mirror": "rows"},
+        {"mirror": "columns"},
     ],
     ids=str,
 )
 def test_sampled_frequencies_match_the_exact_distribution(options):
     options, n = options.copy(), 20000
     k = 2 if "top_k" not in options else 3
-    model = prior(k=k, size=(2, 3), n_classes=2)
+    model = prior(k=k, size=(2, 3), n_classes=2, mirror=options.pop("mirror", "none"))
     grids = torch.tensor(list(itertools.product(range(k), repeat=6))).view(-1, 2, 3)
     known = [
         torch.full((len(grids),), options[name]) if name in options else None

@@ -1,5 +1,6 @@
 """Training: the order of the data, and runs that are stopped and go on."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from conftest import SMALL_PRIOR, SMALL_VQ_VAE, call, start
 from PIL import Image
 from safetensors.torch import load_file
 
+import dataset
 import train
 import utils
 
@@ -31,6 +33,14 @@ def test_every_slice_is_seen_once_an_epoch_in_an_order_of_the_seed():
     assert not np.array_equal(seen[:n], seen[n : 2 * n])
     other = np.concatenate([train.batch_indices(n, size, start, seed=4) for start in starts])
     assert not np.array_equal(seen, other)
+
+
+def test_the_evener_axis_is_the_one_along_which_slices_are_symmetric(data):
+    """Left and right are the rows of HipMRI's slices, and the columns of those slices turned."""
+    split = dataset.load(data, progress=False)["train"]
+    assert train.evener_axis(split) == "rows"
+    turned = np.ascontiguousarray(split.images.transpose(0, 2, 1))
+    assert train.evener_axis(dataclasses.replace(split, images=turned)) == "columns"
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -323,6 +333,19 @@ def test_a_run_that_cannot_go_on_is_left_as_it_is(data, run_dir, tmp_path, monke
         with pytest.raises(utils.UserError, match=words):
             train.main()
         assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+def test_a_prior_from_before_there_were_mirrors_goes_on(data, run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    command = f"train.py --mode pixelcnn --run_dir {tmp_path / 'run'} {SMALL_PRIOR}"
+    call(f"{command} --mirror none --fresh")
+    path = tmp_path / "run" / "pixelcnn" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["model"].pop("mirror") == "none"
+    path.write_text(json.dumps(config))
+    _, err = call(f"{command} --n_updates 6", code=2)
+    assert "holds a run with mirror none, not rows" in err
+    call(f"{command} --n_updates 6 --mirror none")
 
 
 @pytest.mark.parametrize("stage", ["vq_vae", "pixelcnn"])
