@@ -183,8 +183,10 @@ def mirror():
     rows = []
     for data, name in (("phantom", "mirror"), ("brain", "mirror_brain")):
         found = results(name)["rows"]
-        both = ("samples, with mirror", found["demo"]), ("samples, without", found["no mirror"])
-        drawn = [(kind, row["drawn"]["samples"], f"{row['bits_per_code']:.3f}") for kind, row in both]
+        drawn = [
+            (f"samples, {kind}", row["drawn"]["samples"], f"{row['bits_per_code']:.3f}")
+            for kind, row in (("with mirror", found["demo"]), ("without", found["no mirror"]))
+        ]
         drawn += [(kind, found["demo"]["drawn"][kind], "") for kind in ("real", "reconstructed")]
         for kind, row, bits in drawn:
             halves = f"{row['halves_differ']:.3f} +- {row['standard_error']:.3f}"
@@ -299,8 +301,8 @@ TABLES = {
     f.__name__: f
     for f in (
         reconstruction, samples, bits, seconds, reach, vq_vae, ablation, pca, long, prior,
-        prior_ablation, prior_updates, mirror, sampling, quantizer, runs, presets, temperature, classes,
-        flags_train, flags_predict,
+        prior_ablation, prior_updates, mirror, sampling, quantizer, runs, presets, temperature,
+        classes, flags_train, flags_predict,
     )
 }  # fmt: skip
 
