@@ -293,6 +293,7 @@ def ablation(data, base, args):
     budget = {"data": data.name, "seconds_of_one_core": seconds}
     if n_updates:
         budget = {"data": data.name, "updates": n_updates}
+    budget["demo"] = harness.train.PRESETS["demo"]["pixelcnn"]["model"]  # rows are changes of it
     rows = harness.rows_so_far(out, budget)
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
         of_all = seconds, n_updates, args.draw
