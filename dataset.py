@@ -63,7 +63,6 @@ HELD_OUT = 0.15  # share of the patients for each split that the data does not b
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the world axis that crosses each plane
 NIFTI, RASTER = (".nii", ".nii.gz"), (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 RASTER_FORMATS = ("PNG", "JPEG", "TIFF")
-MOST_PIXELS = 1 << 26  # of a PNG, JPEG or TIFF: a small file may unfold to any number
 MOST_VOXELS = 1 << 28  # of a NIfTI file, likewise: 512 x 512 x 1024
 HELD_PIXELS = 1 << 24  # of one volume in memory at once: 64 MiB in each process
 NOT_UTF8 = "its name is not UTF-8; rename it"
@@ -691,7 +690,7 @@ def _unpacked(data, limit):
 def _read_raster(path):
     """(H, W) array of a PNG, JPEG or TIFF; 16 bits and floats are kept, colour becomes grey."""
     with Image.open(path, formats=RASTER_FORMATS) as image:
-        if image.width * image.height > MOST_PIXELS:
+        if image.width * image.height > utils.MOST_PIXELS:
             raise _Unreadable(f"{image.width} x {image.height} pixels are too many for a slice")
         if getattr(image, "n_frames", 1) > 1:
             raise _Unreadable(f"{image.n_frames} pages in one file; save each as its own")

@@ -75,7 +75,7 @@ def split_codes(run_dir, data, name, model, device):
     Read from RUN/codes where this VQ-VAE and these data made what is there; else made, and kept if
     the run can be written to.
     """
-    made_by = utils.file_hash(run_dir / "vq_vae" / "model.safetensors") + data.fingerprint
+    made_by = utils.short_hash(utils.pack(model)) + data.fingerprint
     shape = len(data[name]), *(n // model.config.downsample for n in data.size)
     stored = stored_codes(run_dir, name, model.config.n_embeddings)
     if stored is not None and stored[0] == made_by and stored[1].shape == shape:
@@ -84,8 +84,9 @@ def split_codes(run_dir, data, name, model, device):
     small = codes.astype(np.min_scalar_type(model.config.n_embeddings - 1))
     arrays = {"codes": small, "labels": data[name].labels, "positions": data[name].positions}
     save = functools.partial(_save_npz, arrays=arrays | {"made_by": made_by})
-    with contextlib.suppress(UserError):
-        utils.write_atomically(run_dir / "codes" / f"{name}.npz", save)
+    if utils.processes()[0] == 0:
+        with contextlib.suppress(UserError):
+            utils.write_atomically(run_dir / "codes" / f"{name}.npz", save)
     return codes
 
 

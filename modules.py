@@ -585,13 +585,13 @@ class GatedPixelCNN(nn.Module):
             )
         if given is not None and given.max() >= self.config.n_embeddings:
             raise ValueError(f"given codes must be below {self.config.n_embeddings}")
-        if label is None and depth is None:
-            guidance = 0.0  # there is nothing to exaggerate
         device = self.atlas.device
         label, depth = (
             None if x is None else torch.as_tensor(x, device=device).expand(n)
             for x in (label, depth)
         )
+        if all(x is None or bool((x == -1).all()) for x in (label, depth)):
+            guidance = 0.0  # there is nothing to exaggerate
         uniform = _uniform((rows, columns), n, generator).to(device)
         codes = torch.full((2 if guidance else 1, n, rows, columns), -1, device=device)
         if given is not None:
@@ -620,8 +620,8 @@ class GatedPixelCNN(nn.Module):
         code, each from the few inputs its kernels cover.
 
         Args:
-            codes: (n, h, w) int64; [:, i, j] is read only after (i, j) has been yielded, so the
-                caller may fill it in meanwhile.
+            codes: (n, h, w) int64; what [:, i, j] is matters only after (i, j) has been yielded,
+                so the caller may fill it in meanwhile.
             label, depth: (n,), as in `forward`.
         Yields:
             i, j, logits (n, K).
@@ -676,8 +676,9 @@ class GatedPixelCNN(nn.Module):
             previous_row = self.embedding(codes[:, i]).transpose(1, 2)
 
     def _known(self, codes):
-        """(n, h, w) codes, -1 where not drawn yet -> embeddings (n, C, h, w)."""
-        return self.embedding(codes.clamp(min=0)).permute(0, 3, 1, 2)
+        """(n, h, w) codes, anything where not drawn yet -> embeddings (n, C, h, w)."""
+        known = codes.clamp(0, self.config.n_embeddings - 1)
+        return self.embedding(known).permute(0, 3, 1, 2)
 
     def _horizontal_matrices(self):
         """The horizontal stack's weights for `logits_in_order`, where one tanh does for a gate.

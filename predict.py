@@ -147,6 +147,7 @@ def main():
 
 def predict(args, device, held):
     """The command; `held` keeps the lock of the folder that is written to."""
+    torch.backends.cudnn.allow_tf32 = False  # or a GPU's figures are of 10 bits, not of float32
     run_dir = Path(args.run_dir)
     config = utils.load_config(run_dir, "vq_vae")
     vq_vae, prior = utils.load_model(run_dir, "vq_vae", device), load_prior(run_dir, device)

@@ -13,8 +13,11 @@ import json
 import math
 import operator
 import os
+import pickletools
+import re
 import shutil
 import sys
+import zipfile
 from dataclasses import fields
 from pathlib import Path
 from signal import SIGTERM
@@ -82,6 +85,7 @@ PRESETS = {
     },
 }
 HIDDEN = 0.05  # chance each that label, depth, or both are hidden: one prior also learns "any"
+PICKLED = re.compile(r"torch\._utils _rebuild_tensor_v2|torch \w+Storage|collections OrderedDict")
 MAY_CHANGE = {"n_updates", "log_interval", "patience", "learning_rate"}  # in a run that goes on
 
 
@@ -295,7 +299,7 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
         for s in ("train", "validate")
     )
     if settings["model"]["mirror"] == "auto":
-        settings["model"]["mirror"] = evener_axis(data["train"])
+        settings["model"]["mirror"] = auto_mirror(args, run_dir / "pixelcnn", data["train"])
     model_config = configure(
         PixelCNNConfig,
         {
@@ -336,11 +340,22 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
     fit(args, run_dir / "pixelcnn", config, model, len(train[0]), loss_of, score, best)
 
 
+def auto_mirror(args, directory, split):
+    """What "auto" stands for: what a run that goes on has, else the evener axis."""
+    if (directory / "config.json").exists() and not args.fresh:
+        return utils.read_config(directory)["model"].get("mirror", "none")
+    return evener_axis(split)
+
+
 def evener_axis(split):
     """"rows" or "columns", in which slices are more like their mirror images; blurred, and some."""
     some = np.unique(np.linspace(0, len(split) - 1, 256).round().astype(int))
-    x = F.avg_pool2d(split.batch(some), 8, ceil_mode=True)
-    apart = {name: (x - x.flip(axis)).abs().mean() for name, axis in (("rows", 2), ("columns", 3))}
+    x = split.batch(some)
+    patch = [max(1, n // 16) for n in x.shape[2:]]
+    apart = {
+        name: F.avg_pool2d(x - x.flip(axis), patch).abs().mean()
+        for name, axis in (("rows", 2), ("columns", 3))
+    }
     return min(apart, key=apart.get)
 
 
@@ -428,9 +443,10 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     if len(set(utils.gathered(torch.tensor([state["update"]])).tolist())) > 1:
         raise UserError(f"{directory}: not the same on all machines; choose a disk they share")
     if is_done(log, state, options):
+        value = "none" if state["best"] is None else f"{state['best']:.4f}"
         print(
             f"{directory} is finished: {state['update']} updates, best validation {key} "
-            f"{state['best']:.4f}; --fresh starts over, more --n_updates or --patience go on"
+            f"{value}; --fresh starts over, more --n_updates or --patience go on"
         )
         return
     utils.wait_for_all()
@@ -647,15 +663,9 @@ def resume(directory, config, model, averaged, optimizer, state, running):
         )
     own = [group.copy() for group in optimizer.param_groups]
     try:
+        check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint["format_version"]
-        if isinstance(found, int) and found > utils.FORMAT_VERSION:
-            raise UserError(
-                f"{path}: format version {found}, this code reads {utils.FORMAT_VERSION}; "
-                "update the code"
-            )
-        if found != utils.FORMAT_VERSION:
-            raise ValueError(f"format version {found}")
+        utils.check_format(path, checkpoint["format_version"])
         check_history(checkpoint)
         model.load_state_dict(checkpoint["model"])
         if averaged is not model:
@@ -668,15 +678,28 @@ def resume(directory, config, model, averaged, optimizer, state, running):
         optimizer.load_state_dict(checkpoint["optimizer"])
         for group, of_group in zip(optimizer.param_groups, own, strict=True):
             group |= {name: of_group[name] for name in of_group if name != "params"}
-        state["drawn"] = checkpoint["state"]["update"] * before * batch_sizes[1]  # as it once was
         state |= checkpoint["state"]
         running += checkpoint.get("running", [])
         return checkpoint["log"]
-    except UserError:
-        raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: damaged ({reason}); start over with --fresh") from error
+        raise utils.unusable(path, error, "damaged ({}); start over with --fresh") from error
+
+
+def check_archive(path):
+    """Raise ValueError unless a checkpoint, perhaps a stranger's, is packed as torch.save does.
+
+    What torch.load takes for harmless could still ask for any amount of memory.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("compressed")
+            if entry.filename.endswith(".pkl"):
+                for code, argument, _ in pickletools.genops(archive.read(entry)):
+                    if code.name == "STACK_GLOBAL" or (
+                        code.name == "GLOBAL" and not PICKLED.fullmatch(argument)
+                    ):
+                        raise ValueError(f"{argument} in it")
 
 
 def check_history(checkpoint):
@@ -691,7 +714,7 @@ def check_history(checkpoint):
     counts = [value for name, value in state.items() if name != "best"]
     is_ours = (
         all(type(n) is int and 0 <= n < 1 << 48 for n in counts)
-        and {"update", "best_update"} <= state.keys()
+        and {"update", "drawn", "best_update"} <= state.keys()
         and (isinstance(state["best"], float) if log else state["best"] is None)
         and all(are_numbers(losses) and losses for losses in running)
         and all(type(entry["update"]) is int for entry in log)

@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import inspect
 import json
+import math
 import os
 import platform
 import signal
@@ -29,7 +30,9 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-FORMAT_VERSION = 1  # of config.json and checkpoint.pt
+FORMAT_VERSION = 2  # of config.json and checkpoint.pt; 2 has the prior's `mirror`
+READABLE = range(1, FORMAT_VERSION + 1)
+MOST_PIXELS = 1 << 26  # of a slice: a small file may ask for any number
 STAGES = {  # name of a stage: its configuration and its network
     "vq_vae": (modules.VQVAEConfig, modules.VQVAE),
     "pixelcnn": (modules.PixelCNNConfig, modules.GatedPixelCNN),
@@ -68,11 +71,9 @@ def run_main(main):
         print(f"\n{text}", file=sys.stderr)
         sys.exit(128 + number)
     except (MemoryError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or ["the system has no more"])[0]
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
-            words in reason for words in ("allocate memory", "not enough memory")
-        ):
+        if not is_out_of_memory(error):
             raise
+        reason = first_line(error) or "the system has no more"
         print(
             f"error: out of memory ({reason}); in training try a smaller --batch_size",
             file=sys.stderr,
@@ -81,6 +82,30 @@ def run_main(main):
     except KeyboardInterrupt:
         print(f"\nstopped; {again()} goes on from what was saved", file=sys.stderr)
         sys.exit(130)
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0]
+
+
+def is_out_of_memory(error):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(w in first_line(error) for w in words)
+
+
+def unusable(path, error, what):
+    """What to raise where a file led to `error`; that is not always the fault of the file.
+
+    Args:
+        what: to say if it is, with {} for the reason.
+    """
+    if isinstance(error, UserError) or is_out_of_memory(error):
+        return error
+    if isinstance(error, OSError) and error.strerror:
+        return UserError(f"{path}: cannot be read ({error.strerror})")
+    return UserError(f"{path}: {what.format(first_line(error) or type(error).__name__)}")
 
 
 def again():
@@ -136,8 +161,9 @@ def only_one(path):
                 f"{path.parent}: process {file.read(300).decode('utf8', 'replace').strip()} is at "
                 "work here; wait for it, or choose another folder"
             ) from None
-        except OSError:
-            pass
+        except OSError as error:
+            text = f"note: {path.parent} cannot be locked ({error.strerror}); take care that no"
+            print(text, "other process is at work there", file=sys.stderr)
         file.truncate(0)
         with contextlib.suppress(OSError):  # a full disk is no reason not to say so properly later
             file.write(f"{os.getpid()} of {platform.node()}".encode())
@@ -374,7 +400,8 @@ def write_atomically(path, write):
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({error}); is the disk full?") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none to remove where nothing can be written
+            temporary.unlink()
 
 
 def make_folder(path):
@@ -400,9 +427,14 @@ def read_json(path):
 
 def save_model(model, path):
     """The weights alone; with config.json beside them, all that `load_model` needs."""
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    packed = safetensors.torch.save(tensors)  # save_file would hide the file from other users
+    packed = pack(model)  # save_file would hide the file from other users
     write_atomically(path, lambda temporary: temporary.write_bytes(packed))
+
+
+def pack(model):
+    """The weights as the bytes of a safetensors file."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return safetensors.torch.save(tensors)
 
 
 def load_config(run_dir, stage):
@@ -424,15 +456,19 @@ def read_config(directory):
     """The config.json of a stage's directory; a UserError if it is not as this code writes it."""
     path = directory / "config.json"
     config = read_json(path)
-    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
-        found = config.get("format_version") if isinstance(config, dict) else None
-        raise UserError(
-            f"{path}: format version {found}, this code reads "
-            f"{FORMAT_VERSION}; update the code or train again with --fresh"
-        )
+    check_format(path, config.get("format_version") if isinstance(config, dict) else None)
     if not _is_ours(config) or config.get("stage") != directory.name:
         raise UserError(f"{path}: not as this code writes it; train this stage again with --fresh")
     return config
+
+
+def check_format(path, found):
+    """Raise a UserError unless `found` is a format version that this code reads."""
+    if type(found) is not int or found not in READABLE:
+        raise UserError(
+            f"{path}: format version {found}, this code reads {READABLE[0]} to {READABLE[-1]}; "
+            "update the code or train again with --fresh"
+        )
 
 
 def _is_ours(config):
@@ -454,6 +490,7 @@ def _is_ours(config):
     sizes = data["size"], arguments.get("image_size", data["size"])
     is_ours = all(len(size) == 2 and all(type(n) is int for n in size) for size in sizes)
     is_ours &= all(n in range(1, 1 << 16) for n in data["size"])
+    is_ours &= all(math.prod(size) <= MOST_PIXELS for size in sizes)
     is_ours &= all(isinstance(name, str) for name in data["classes"])
     is_ours &= all(n < 1 << 16 for n in numbers) and isinstance(config.get("processes", 1), int)
     is_ours &= all(model[key] in range(1001) for key in model if key.endswith("_layers"))
@@ -506,17 +543,18 @@ def load_model(run_dir, stage, device="cpu"):
             raise ValueError("numbers of another kind")
         model.load_state_dict(tensors, assign=True)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{path}: does not fit config.json beside it or is damaged ({reason}); "
-            f"train this stage again with --fresh"
-        ) from error
+        what = "does not fit config.json beside it or is damaged ({}); train this stage again with"
+        raise unusable(path, error, what + " --fresh") from error
     return model.to(device).eval()
 
 
 def file_hash(path):
-    """Short SHA-256 of a file: tells whether codes and prior belong to these VQ-VAE weights."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    """Short SHA-256 of a file: tells whether a prior belongs to these VQ-VAE weights."""
+    return short_hash(Path(path).read_bytes())
+
+
+def short_hash(content):
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def architecture(config):

@@ -153,6 +153,7 @@ VARIANTS = {
     "causal attention halfway": Attending,
     "normalised channels": Normalised,
 }
+UNDRAWN = {*VARIANTS, "no depth"}
 
 
 def apply(row):
@@ -293,6 +294,8 @@ def ablation(data, base, args):
     budget = {"data": data.name, "seconds_of_one_core": seconds}
     if n_updates:
         budget = {"data": data.name, "updates": n_updates}
+    if args.draw:
+        budget["drawn"] = args.draw
     budget["demo"] = harness.train.PRESETS["demo"]["pixelcnn"]["model"]  # rows are changes of it
     rows = harness.rows_so_far(out, budget)
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -321,6 +324,8 @@ def main():
     args = p.parse_args()
     if unknown := {c for row in args.rows for c in row.split(" + ")} - set(ROWS):
         p.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    if args.draw and (strange := {c for row in args.rows for c in row.split(" + ")} & UNDRAWN):
+        p.error(f"--draw: the cached sampler does not know {', '.join(sorted(strange))}")
     data = harness.load(args.data)
     with tempfile.TemporaryDirectory() as folder:
         base = prepare(data, args.run_dir, Path(folder))

@@ -5,7 +5,7 @@
 In each test slice, the rows of codes more than so many above the lower part (the last 12 of 32 in
 the phantom: one of two hips) are replaced by those of another patient's slice at the same place of
 its volume. If the prior used them, the codes of the lower part would cost more bits. Writes
-benchmarks/results/reach.json.
+benchmarks/results/OUT.json.
 """
 
 import argparse
@@ -33,6 +33,7 @@ def others(split):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--run_dir", type=Path, default=Path("runs/demo"), help="with both stages")
+    p.add_argument("--out", default="reach", help="name of the file of results")
     args = p.parse_args()
     config = harness.utils.load_config(args.run_dir, "vq_vae")
     data = harness.dataset.load(**({"data": "phantom"} | config["data"]["arguments"]))
@@ -58,7 +59,7 @@ def main():
         }
         print(gap, rows[gap], flush=True)
     result = {"data": data.name, "rows_of_lower_part": codes.shape[1] - first}
-    harness.save("reach", result | {"bits_per_code": float(own.mean()), "rows": rows})
+    harness.save(args.out, result | {"bits_per_code": float(own.mean()), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -100,12 +100,15 @@ def seconds():
 
 
 def reach():
-    rows = []
-    for gap, row in results("reach")["rows"].items():
+    def cell(row):
         low, high = row["ci95"]
-        cell = f"{row['more_bits_per_code']:.4f} ({low:.4f} to {high:.4f})"
-        rows.append([gap, cell.replace("-0.0000", "0.0000")])
-    return table(["rows between that stay", "more bits per code (95 %)"], rows)
+        text = f"{row['more_bits_per_code']:.4f} ({low:.4f} to {high:.4f})"
+        return text.replace("-0.0000", "0.0000")
+
+    without, having = (results(name)["rows"] for name in ("reach_uneven", "reach"))
+    rows = [[gap, cell(without[gap]), cell(having[gap])] for gap in having]
+    return table(["rows between that stay", "more bits per code (95 %), without mirror",
+                  "with mirror"], rows)  # fmt: skip
 
 
 RUNS = ["demo", "brain"]

@@ -74,12 +74,17 @@ def _command(words, cwd, environment, out, err):
         atexit._run_exitfuncs()  # which multiprocessing leaves out
 
 
+def torchrun(processes, words):
+    """The words of `torchrun --nproc_per_node=PROCESSES WORDS`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc_per_node={processes}", *map(str, words)]
+
+
 def call(command, *, cwd=ROOT, code=0, processes=None):
     """Run `python COMMAND`, or `torchrun COMMAND`, in a shell's way; returns (stdout, stderr)."""
     words = command if isinstance(command, list) else command.split()
     if processes:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        words = [*launcher, f"--nproc_per_node={processes}", *map(str, words)]
+        words = torchrun(processes, words)
         done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300)
         out, err, status = done.stdout, done.stderr, done.returncode
     else:

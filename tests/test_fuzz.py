@@ -20,7 +20,7 @@ import train
 import utils
 
 fuzzed = settings(
-    max_examples=int(os.environ.get("FUZZ", 640)),  # cases of each of 16 kinds
+    max_examples=int(os.environ.get("FUZZ", 720)),  # cases of each of 16 kinds
     deadline=None,
     database=None,
     derandomize=True,
