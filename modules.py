@@ -532,7 +532,10 @@ class GatedPixelCNN(nn.Module):
         v = F.pad(e, (0, 0, 1, 0))[:, :, :-1] + atlas  # row r holds row r - 1
         h = F.pad(e, (1, 0, 0, 0))[:, :, :, :-1] + atlas  # column c holds column c - 1
         if self.mirror is not None:
-            h = h + self.mirror(e)
+            image = self.mirror(e)
+            h = h + image
+            if self.config.mirror == "rows":  # known before the row begins
+                v = v + image
         for layer, condition in zip(self.layers, conditions, strict=True):
             v, h = layer(v, h, condition)
         return self.head(h)
@@ -648,7 +651,7 @@ class GatedPixelCNN(nn.Module):
         of_h = atlas.clone()  # the mirror image is added as it becomes known
         for i in range(rows):
             if self.config.mirror == "rows" and i == rows - rows // 2:
-                of_h += self.mirror(self._known(codes))
+                atlas = of_h = atlas + self.mirror(self._known(codes))
             v = previous_row + atlas[:, :, i]  # (n, C, w)
             from_above = []  # per layer, what the horizontal stack adds at each column
             for layer, condition, window in zip(self.layers, conditions, above, strict=True):
