@@ -204,16 +204,20 @@ def drawn(data, run_dir, kind, n):
     made = temperature.draw(vq_vae, prior, data["train"].positions, n, temperature=t, guidance=w)
     of_held = metrics.features(vq_vae, held, device)
     is_turned = harness.train.evener_axis(data["train"]) == "columns"
-    rows = {}
-    for name, images in (
-        ("samples", made), ("real", real), ("reconstructed", metrics.through(vq_vae, real, device))
-    ):  # fmt: skip
+    sets = {"samples": made, "real": real, "reconstructed": metrics.through(vq_vae, real, device)}
+    apart, steps, rows = {}, {}, {}
+    for name, images in sets.items():
+        upright = [image.T if is_turned else image for image in images]
+        apart[name] = [temperature.halves_differ(image) for image in upright]
+        steps[name] = np.array([temperature.outline_step(image) for image in upright])
+    largest = np.quantile(steps["reconstructed"], 0.99)
+    for name, images in sets.items():
         features = metrics.features(vq_vae, images, device)
-        apart = [temperature.halves_differ(image.T if is_turned else image) for image in images]
         precision, recall = metrics.precision_recall(of_held, features)
         rows[name] = {
-            "halves_differ": float(np.mean(apart)),
-            "standard_error": float(np.std(apart) / n**0.5),
+            "halves_differ": float(np.mean(apart[name])),
+            "standard_error": float(np.std(apart[name]) / n**0.5),
+            "outline_breaks": float((steps[name] > largest).mean()),
             "frechet": float(metrics.frechet_distance(features, of_held)),
             "precision": float(precision),
             "recall": float(recall),

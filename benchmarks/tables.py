@@ -184,19 +184,19 @@ def prior_updates():
 
 def mirror():
     rows = []
-    for data, name in (("phantom", "mirror"), ("brain", "mirror_brain")):
-        found = results(name)["rows"]
-        drawn = [
-            (f"samples, {kind}", row["drawn"]["samples"], f"{row['bits_per_code']:.3f}")
-            for kind, row in (("with mirror", found["demo"]), ("without", found["no mirror"]))
-        ]
-        drawn += [(kind, found["demo"]["drawn"][kind], "") for kind in ("real", "reconstructed")]
-        for kind, row, bits in drawn:
-            halves = f"{row['halves_differ']:.3f} +- {row['standard_error']:.3f}"
-            others = (f"{row[key]:.3f}" for key in ("frechet", "precision", "recall"))
-            rows.append([data, kind, bits, halves, *others])
-    head = ["data", "slices", "bits per code, test", "halves differ", "Fréchet", "precision",
-            "recall"]  # fmt: skip
+    found = results("mirror")["rows"]
+    drawn = [
+        (f"samples, {kind}", row["drawn"]["samples"], f"{row['bits_per_code']:.3f}")
+        for kind, row in (("with mirror", found["demo"]), ("without", found["no mirror"]))
+    ]
+    drawn += [(kind, found["demo"]["drawn"][kind], "") for kind in ("real", "reconstructed")]
+    for kind, row, bits in drawn:
+        halves = f"{row['halves_differ']:.3f} +- {row['standard_error']:.3f}"
+        broken = f"{100 * row['outline_breaks']:.1f} %"
+        others = (f"{row[key]:.3f}" for key in ("frechet", "precision", "recall"))
+        rows.append([kind, bits, halves, broken, *others])
+    head = ["slices", "bits per code, test", "halves differ", "outline breaks", "Fréchet",
+            "precision", "recall"]  # fmt: skip
     return table(head, rows)
 
 

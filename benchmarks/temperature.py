@@ -46,6 +46,16 @@ def halves_differ(image):
     return min(float(np.abs(small - mirrored).mean()) for mirrored in shifted) / small.mean()
 
 
+def outline_step(image):
+    """The largest step, in rows, of the body's upper or lower edge between columns 6 apart."""
+    body = harness.metrics.body_mask(image)
+    body = body[:, body.any(0)]
+    if body.shape[1] <= 6:
+        return 0
+    edges = np.stack([body.argmax(0), body[::-1].argmax(0)])
+    return int(np.abs(edges[:, 6:] - edges[:, :-6]).max())
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--run_dir", type=Path, default=Path("runs/demo"), help="with both stages")
