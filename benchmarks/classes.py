@@ -41,7 +41,7 @@ def main():
         row["real"] = dark_share(train.batch(np.flatnonzero(near))[:, 0].numpy())
         for guidance in GUIDANCE:
             codes = prior.sample(
-                N, label=k, depth=PLACE, temperature=0.75, guidance=guidance,
+                N, label=k, depth=PLACE, temperature=0.8, guidance=guidance,
                 generator=[harness.utils.generator(0, i) for i in range(N)],
             )  # fmt: skip
             with torch.inference_mode():

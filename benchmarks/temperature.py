@@ -19,9 +19,9 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 N, SHOWN = 64, 8
-SETTINGS = [(0.5, 0), (0.75, 0), (1, 0), (0.75, 0.5), (0.85, 0.5), (0.95, 0.5)]
+SETTINGS = [(0.5, 0), (0.75, 0), (1, 0), (0.75, 0.5), (0.8, 0.5), (0.85, 0.5), (0.95, 0.5)]
 SETTINGS += [(0.5, 1), (0.75, 1), (0.85, 1), (1, 1), (0.75, 2)]
-DEFAULT = (0.75, 0.5)
+DEFAULT = (0.8, 0.5)
 PICTURED = [(0.5, 0), (1, 0), (0.75, 0), DEFAULT]
 
 
