@@ -267,7 +267,7 @@ def race(data, path, base, minutes):
     harness.save("prior", result)
 
 
-def run_row(path, base, row, seconds, n_updates, n_drawn):
+def run_row(path, base, row, seconds, n_updates, n_drawn, keep):
     torch.set_num_threads(1)
     kind, flags = apply(row)
     data = harness.dataset.load(path, progress=False) if n_updates else harness.load(path)
@@ -290,6 +290,8 @@ def run_row(path, base, row, seconds, n_updates, n_drawn):
             ]
         if n_drawn:
             figures["drawn"] = drawn(harness.dataset.load(path), run_dir, kind, n_drawn)
+        if keep:
+            shutil.copytree(run_dir, Path(keep) / row.replace(" ", "_"), dirs_exist_ok=True)
         return row, figures
 
 
@@ -303,7 +305,7 @@ def ablation(data, base, args):
     budget["demo"] = harness.train.PRESETS["demo"]["pixelcnn"]["model"]  # rows are changes of it
     rows = harness.rows_so_far(out, budget)
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
-        of_all = seconds, n_updates, args.draw
+        of_all = seconds, n_updates, args.draw, args.keep
         for done in [pool.submit(run_row, args.data, base, row, *of_all) for row in args.rows]:
             row, rows[row] = done.result()
             print(f"{row:24s} {rows[row]}", flush=True)
@@ -322,6 +324,7 @@ def main():
     p.add_argument("--updates", type=int, default=0, metavar="N", help=text)
     text = "samples to draw of each row, and to measure"
     p.add_argument("--draw", type=int, default=0, metavar="N", help=text)
+    p.add_argument("--keep", metavar="DIR", help="folder for the trained runs, one for each row")
     text = "rows to run; several changes at once are joined by ' + '"
     p.add_argument("--rows", nargs="+", default=list(ROWS), help=text)
     p.add_argument("--out", default="prior_ablation", help="name of the file of results")
