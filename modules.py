@@ -399,6 +399,20 @@ def gate(x):
     return torch.tanh(a) * torch.sigmoid(b)
 
 
+class Dropout(nn.Dropout):
+    """Hides the same activations of a batch however many processes share it.
+
+    Their random numbers must begin alike; each draws those of all, and takes its own.
+    """
+
+    def forward(self, x):
+        rank, n_processes = processes()
+        if n_processes == 1 or not self.training:
+            return super().forward(x)
+        of_all = super().forward(torch.cat(n_processes * [torch.ones_like(x)]))
+        return x * of_all.chunk(n_processes)[rank]
+
+
 class GatedLayer(nn.Module):
     """One layer of both stacks, [2] figure 2.
 
@@ -423,7 +437,7 @@ class GatedLayer(nn.Module):
         self.down = nn.Conv2d(2 * c, 2 * c, 1)  # what the horizontal stack learns of the rows above
         self.v_out = nn.Conv2d(c, c, 1)
         self.h_out = nn.Conv2d(c, c, 1)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, v, h, condition):
         """v, h: (B, C, h, w) of each stack; condition: (B, 2C, 1, 1), the V^T h of [2] eq. 4."""

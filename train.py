@@ -322,8 +322,6 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
         own = utils.share(len(indices))
         batch, label, depth = (tensor[indices[own]].to(device) for tensor in train)
         chance = torch.rand(len(indices), device=device)[own] / HIDDEN
-        if utils.processes()[0] > 0:  # or all would drop out the same activations
-            torch.manual_seed(torch.initial_seed() + utils.processes()[0])
         label = torch.where(chance < 2, -1, label)
         depth = torch.where((chance >= 1) & (chance < 3), -1, depth)
         with compute():

@@ -488,9 +488,11 @@ def _is_ours(config):
     ):
         return False
     sizes = data["size"], arguments.get("image_size", data["size"])
-    is_ours = all(len(size) == 2 and all(type(n) is int for n in size) for size in sizes)
+    is_ours = all(
+        len(size) == 2 and all(type(n) is int for n in size) and math.prod(size) <= MOST_PIXELS
+        for size in sizes
+    )
     is_ours &= all(n in range(1, 1 << 16) for n in data["size"])
-    is_ours &= all(math.prod(size) <= MOST_PIXELS for size in sizes)
     is_ours &= all(isinstance(name, str) for name in data["classes"])
     is_ours &= all(n < 1 << 16 for n in numbers) and isinstance(config.get("processes", 1), int)
     is_ours &= all(model[key] in range(1001) for key in model if key.endswith("_layers"))

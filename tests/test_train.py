@@ -453,7 +453,7 @@ def files(folder):
 
 
 def test_two_processes_equal_one_of_twice_the_batch(data, tmp_path):
-    """Both stages: k-means start, revival, diversity term, hidden labels, averaged weights.
+    """Both stages: k-means start, revival, diversity term, hidden labels, dropout, averages.
 
     The slices have no blank background, whose vectors are as near to one code as to the next. Only
     the first process writes: in a folder of its own the second one leaves nothing.
@@ -468,7 +468,7 @@ def test_two_processes_equal_one_of_twice_the_batch(data, tmp_path):
         rough = Image.fromarray(rng.integers(0, 255, (9, 6), dtype=np.uint8))
         rough.resize((32, 48), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
     flags = f"--mode vq_vae --data {data} --precision fp32 {SMALL_VQ_VAE} --learning_rate 0.03"
-    prior = f"--mode pixelcnn --precision fp32 {SMALL_PRIOR} --dropout 0 --learning_rate 0.03"
+    prior = f"--mode pixelcnn --precision fp32 {SMALL_PRIOR} --learning_rate 0.03"
     for stage, words in (("vq_vae", flags), ("pixelcnn", prior)):
         call(f"train.py --run_dir {one} {words} --batch_size 4")
         if stage == "pixelcnn":  # starts from the same
