@@ -98,7 +98,8 @@ def stored_codes(run_dir, name, n_embeddings):
         is_ours = codes.ndim == 3 and codes.size and 0 <= codes.min() <= codes.max() < n_embeddings
         return (made_by, codes) if is_ours else None
     except (
-        OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
+        OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile,
+        zlib.error,
     ):  # fmt: skip
         return None
 

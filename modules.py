@@ -407,10 +407,10 @@ class Dropout(nn.Dropout):
 
     def forward(self, x):
         rank, n_processes = processes()
-        if n_processes == 1 or not self.training:
+        if n_processes == 1 or not self.training or not self.p:
             return super().forward(x)
         of_all = super().forward(torch.cat(n_processes * [torch.ones_like(x)]))
-        return x * of_all.chunk(n_processes)[rank]
+        return x * of_all.chunk(n_processes)[rank].clone()  # or the backward pass keeps all of it
 
 
 class GatedLayer(nn.Module):

@@ -340,7 +340,7 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
 
 def auto_mirror(args, directory, split):
     """What "auto" stands for: what a run that goes on has, else the evener axis."""
-    if (directory / "config.json").exists() and not args.fresh:
+    if (directory / "checkpoint.pt").exists() and not args.fresh:
         return utils.read_config(directory)["model"].get("mirror", "none")
     return evener_axis(split)
 
@@ -670,6 +670,8 @@ def resume(directory, config, model, averaged, optimizer, state, running):
             averaged.load_state_dict(checkpoint["averaged"])
         parameters = list(model.parameters())
         for i, moments in checkpoint["optimizer"]["state"].items():
+            if moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+                raise ValueError("moments of another kind")
             for name in ("exp_avg", "exp_avg_sq"):
                 if moments[name].shape != parameters[i].shape or moments["step"].shape != ():
                     raise ValueError("moments of other weights")
@@ -688,11 +690,16 @@ def check_archive(path):
 
     What torch.load takes for harmless could still ask for any amount of memory.
     """
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError("compressed")
-            if entry.filename.endswith(".pkl"):
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        file.seek(0)
+        if file.read(4) != b"PK\x03\x04" or min(entry.header_offset for entry in entries):
+            raise ValueError("something before the archive")
+        is_packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if is_packed or sum(entry.file_size for entry in entries) > os.path.getsize(path):
+            raise ValueError("compressed")
+        for entry in entries:
+            if entry.filename.lower().endswith(".pkl"):
                 for code, argument, _ in pickletools.genops(archive.read(entry)):
                     if code.name == "STACK_GLOBAL" or (
                         code.name == "GLOBAL" and not PICKLED.fullmatch(argument)

@@ -398,7 +398,10 @@ def write_atomically(path, write):
             os.fsync(file.fileno())  # or a power cut may leave the new name without its content
         os.replace(temporary, path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); is the disk full?") from error
+        if is_out_of_memory(error):
+            raise
+        text = f"{path}: cannot be written ({first_line(error)}); is the disk full?"
+        raise UserError(text) from error
     finally:
         with contextlib.suppress(OSError):  # there is none to remove where nothing can be written
             temporary.unlink()

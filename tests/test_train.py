@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -199,10 +200,10 @@ utils.run_main(train.main)
 def test_kills_at_any_instant_cost_nothing(stage, n_kills, data, run_dir, tmp_path):
     """SIGKILL while updates, validations and checkpoints follow each other closely.
 
-    Every third one comes while a file is being written, from config.json, the first of all, to the
-    last of an update; the others whenever it is.
+    Every third one comes while a file is being written, from the first of all to the last of an
+    update; the others whenever it is.
     """
-    flags = f"{stages(data)[stage]} --n_updates {3 * n_kills} --log_interval 1"
+    flags = f"{stages(data)[stage]} --n_updates {4 * n_kills} --log_interval 1"
     whole, run = tmp_path / "whole", tmp_path / "run"
     if stage == "pixelcnn":
         for path in (whole, run):
@@ -333,6 +334,10 @@ def test_a_run_that_cannot_go_on_is_left_as_it_is(data, run_dir, tmp_path, monke
         with zipfile.ZipFile(path / "checkpoint.pt", "a", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("archive/data/99", bytes(1 << 20))
 
+    def before_the_archive():  # torch.load would take it for a file of the old kind
+        whole = (path / "checkpoint.pt").read_bytes()
+        (path / "checkpoint.pt").write_bytes(pickle.dumps(bytearray(9)) + whole)
+
     for change, flags, words in (
         (without_checkpoint, "", "without checkpoint.pt"),
         (with_newer_config, "", "config.json: format version 99, this code reads 1 to 2; update"),
@@ -340,6 +345,7 @@ def test_a_run_that_cannot_go_on_is_left_as_it_is(data, run_dir, tmp_path, monke
         (with_moments_of_nothing, "", "damaged .moments of other weights"),
         (with_a_terabyte, "", "damaged .__builtin__ bytearray in it"),
         (compressed, "", "damaged .compressed"),
+        (before_the_archive, "", "damaged .something before the archive"),
         (lambda: None, f"--precision {other}", f"it with --precision {config['precision']}"),
     ):
         shutil.rmtree(path.parent, ignore_errors=True)
