@@ -12,6 +12,7 @@ import platform
 import signal
 import sys
 import threading
+import zipfile
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -305,6 +306,10 @@ def joined(name):
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield device
         return
+    # takes the group that is there when it is first imported for a default: were that ours, it would
+    # never be destroyed, and a process whose gloo threads outlive its interpreter aborts
+    import torch.distributed.nn  # noqa: F401
+
     backend = "gloo"
     if device.type == "cuda":
         there = torch.cuda.device_count()
@@ -551,6 +556,14 @@ def load_model(run_dir, stage, device="cpu"):
         what = "does not fit config.json beside it or is damaged ({}); train this stage again with"
         raise unusable(path, error, what + " --fresh") from error
     return model.to(device).eval()
+
+
+def check_stored(archive):
+    """Raise ValueError if a zip archive, perhaps a stranger's, unpacks to more than it takes up."""
+    entries, size = archive.infolist(), os.fstat(archive.fp.fileno()).st_size
+    is_packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if is_packed or sum(entry.file_size for entry in entries) > size:
+        raise ValueError("compressed")
 
 
 def file_hash(path):

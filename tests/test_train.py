@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import zipfile
 from collections import Counter
@@ -533,6 +534,25 @@ def test_a_signal_to_two_processes_saves_once(data, tmp_path):
     log = (tmp_path / "vq_vae" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["update"] for line in log] == list(range(1, saved + 1))
     call(f"train.py {flags} --batch_size 8 --n_updates {saved + 2}")
+
+
+def test_no_thread_of_the_group_of_processes_outlives_it():
+    """One that does may abort the interpreter as it ends."""
+    code = (
+        "import os, utils\n"
+        "os.environ |= dict(TORCHELASTIC_RUN_ID='0', RANK='0', WORLD_SIZE='1')\n"
+        "os.environ |= dict(MASTER_ADDR='localhost', MASTER_PORT='0')\n"
+        "count = lambda: len(os.listdir('/proc/self/task'))\n"
+        "before = count()\n"
+        "with utils.joined('cpu'):\n"
+        "    import torch._dynamo\n"  # as torch does by itself, sooner or later
+        "    print(count() - before)\n"
+        "print(count() - before)\n"
+    )
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    during, after = map(int, done.stdout.split())
+    assert during > after == 0
 
 
 OLD = "--n_hiddens 4 --n_residual_hiddens 4 --embedding_dim 2 --n_embeddings 8 --batch_size 2"
