@@ -596,7 +596,6 @@ class _Unreadable(Exception):
 _REASONS = {
     PermissionError: "no permission to read it",
     FileNotFoundError: "vanished",
-    MemoryError: "too large for this machine's memory",
     EOFError: "truncated gzip",
     (zlib.error, gzip.BadGzipFile): "damaged gzip",
     UnidentifiedImageError: "not an image, whatever its name says",
@@ -715,6 +714,8 @@ def _images(root, path, axis, planes):
         if not all(np.isfinite(image).all() for image in images):
             raise _Unreadable("contains NaN or infinity")
         return images
+    except MemoryError as error:  # no fault of the file: another time it may be read
+        raise MemoryError(f"{path}: {utils.first_line(error) or 'too large'}") from error
     except Exception as error:  # whatever a broken file does, the others are still read
         return _why(error)
 

@@ -536,7 +536,7 @@ def clear(directory, is_fresh):
             directory.rename(old)  # at once, so that a kill leaves a run or none
         if old.exists():
             shutil.rmtree(old)
-        for path in directory.glob(".*.tmp"):
+        for path in (*directory.glob(".*.tmp"), *directory.parent.glob("codes/.*.tmp")):
             path.unlink()
     except OSError as error:
         message = f"{error.filename or directory}: cannot be deleted ({error.strerror})"
@@ -695,9 +695,7 @@ def check_archive(path):
         file.seek(0)
         if file.read(4) != b"PK\x03\x04" or min(entry.header_offset for entry in entries):
             raise ValueError("something before the archive")
-        is_packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-        if is_packed or sum(entry.file_size for entry in entries) > os.path.getsize(path):
-            raise ValueError("compressed")
+        utils.check_stored(archive)
         for entry in entries:
             if entry.filename.lower().endswith(".pkl"):
                 for code, argument, _ in pickletools.genops(archive.read(entry)):

@@ -306,8 +306,8 @@ def joined(name):
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield device
         return
-    # takes the group that is there when it is first imported for a default: were that ours, it would
-    # never be destroyed, and a process whose gloo threads outlive its interpreter aborts
+    # takes the group that is there as it is imported for a default: were that ours, it would never
+    # be destroyed, and a process whose gloo threads outlive its interpreter aborts
     import torch.distributed.nn  # noqa: F401
 
     backend = "gloo"

@@ -283,6 +283,24 @@ def test_too_little_memory_is_one_error(data, tmp_path):
     mistake(["-c", code, *words.split()], "out of memory", "--batch_size")
 
 
+def test_too_little_memory_to_decode_is_no_fault_of_the_file(data, tmp_path):
+    """--skip_unreadable leaves nothing out that could be read with more of it."""
+    name = min(path.name for path in data.rglob("*.nii.gz"))
+    code = (
+        "import dataset, train, utils\n"
+        "original = dataset._read_nifti\n"
+        "def read(path):\n"
+        f"    if path.endswith('{name}'): raise MemoryError('Unable to allocate 9 GiB')\n"
+        "    return original(path)\n"
+        "dataset._read_nifti = read\n"
+        "utils.run_main(train.main)\n"
+    )
+    words = f"--mode vq_vae --data {data} --run_dir {tmp_path} {SMALL_VQ_VAE} --skip_unreadable"
+    words += f" --cache_dir {tmp_path} --workers 1"
+    mistake(["-c", code, *words.split()], "out of memory", f"{name}: Unable to allocate 9 GiB")
+    assert not list(tmp_path.rglob("images.u16"))
+
+
 class Page(HTMLParser):
     """What a browser would fetch or run."""
 

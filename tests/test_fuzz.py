@@ -2,9 +2,12 @@
 
 import copy
 import gzip
+import io
 import json
 import os
 import shutil
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -207,3 +210,25 @@ def test_damaged_codes_are_no_codes(stages):
 
     check()
     path.write_bytes(whole)
+
+
+def test_codes_that_promise_more_than_their_file_holds_take_no_memory(stages):
+    path = stages / "codes" / "train.npz"
+    whole = path.read_bytes()
+    zeros = np.zeros((1 << 16, 16, 16), np.uint16)  # 32 MB
+    np.savez_compressed(path, codes=zeros, made_by="us")
+    assert_no_codes(stages)
+    head = io.BytesIO()
+    np.save(head, zeros[:1])
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("codes.npy", head.getvalue().replace(b"(1, ", b"(65536, "))
+    assert_no_codes(stages)
+    path.write_bytes(whole)
+
+
+def assert_no_codes(run):
+    tracemalloc.start()
+    assert metrics.stored_codes(run, "train", 16) is None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20

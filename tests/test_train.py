@@ -202,9 +202,10 @@ def test_kills_at_any_instant_cost_nothing(stage, n_kills, data, run_dir, tmp_pa
     """SIGKILL while updates, validations and checkpoints follow each other closely.
 
     Every third one comes while a file is being written, from the first of all to the last of an
-    update; the others whenever it is.
+    update; the others whenever it is. Half-way one of a file being written strikes a run that is
+    started over.
     """
-    flags = f"{stages(data)[stage]} --n_updates {4 * n_kills} --log_interval 1"
+    flags = f"{stages(data)[stage]} --n_updates {2 * n_kills} --log_interval 1"
     whole, run = tmp_path / "whole", tmp_path / "run"
     if stage == "pixelcnn":
         for path in (whole, run):
@@ -213,11 +214,11 @@ def test_kills_at_any_instant_cost_nothing(stage, n_kills, data, run_dir, tmp_pa
     rng, log, is_there = np.random.default_rng(0), run / stage / "log.jsonl", False
     for i in range(n_kills):
         before = log.stat().st_mtime_ns if log.exists() else 0
-        command = ["train.py"]
+        command, fresh = ["train.py"], ["--fresh"] if i == n_kills // 6 * 3 else []
         if i % 3 == 0:
             n, share = str(1 + i // 3 * 4 % 9), str(rng.choice([0.0, 0.5, 1.0]))
             command = ["-c", KILLED_WRITING.replace("N:", n + ":").replace("SHARE", share)]
-        process, *_ = start([*command, "--run_dir", run, *flags.split()])
+        process, *_ = start([*command, "--run_dir", run, *flags.split(), *fresh])
         if i % 3:
             while process.is_alive() and not (log.exists() and log.stat().st_mtime_ns > before):
                 time.sleep(0.005)
@@ -225,11 +226,14 @@ def test_kills_at_any_instant_cost_nothing(stage, n_kills, data, run_dir, tmp_pa
             process.kill()
         process.join()
         assert process.exitcode == -9
-        is_there = is_there or (run / stage / "model.safetensors").exists()
+        is_there = (is_there and not fresh) or (run / stage / "model.safetensors").exists()
         if is_there:
             utils.load_model(run, stage)  # and can be used
+        if is_there and i % 8 == 7:
+            call(f"predict.py --run_dir {run} --n_samples 2 --out {tmp_path / 'predict'}")
     call(f"train.py --run_dir {run} {flags}")
     assert_the_same(run / stage, whole / stage)
+    assert not list(run.rglob("*.tmp"))
 
 
 def test_a_full_disk_or_a_folder_that_is_none(data, tmp_path):
