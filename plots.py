@@ -57,9 +57,12 @@ def curves(log, path, config):
     names = [n for n in TITLES if any(n in log[-1][part] for part in ("train", "validate"))]
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4.5 * columns, 3.2 * rows), squeeze=False, layout="constrained"
-    )
+    width, height = 4.5 * columns, 3.1 * rows + 0.3
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    figure.subplots_adjust(  # to work out a layout would take as long as to draw
+        left=0.75 / width, right=1 - 0.15 / width, bottom=0.5 / height, top=1 - 0.9 / height,
+        wspace=0.25, hspace=0.4,
+    )  # fmt: skip
     for axis, name in zip(axes.flat, names, strict=False):
         for part, style in (("train", "C0-"), ("validate", "C1.-")):
             if name in log[-1][part]:
