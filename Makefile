@@ -16,6 +16,12 @@ figures: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/figures.py --run_dir runs/demo
 	$(BIN)/python benchmarks/temperature.py --run_dir runs/demo
+ifdef BRAIN
+	$(BIN)/python benchmarks/demo.py --data $(BRAIN) --out brain
+	$(BIN)/python benchmarks/classes.py --run_dir runs/brain
+	$(BIN)/python benchmarks/ablation.py --data $(BRAIN) --seconds 60 --out collapse \
+		--picture collapse --rows demo "no k-means, no revival"
+endif
 
 install: $(VENV)/.installed
 

@@ -22,9 +22,11 @@ The volume is the path without the slice number, the last number of the name.
 """
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import mmap
@@ -32,6 +34,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -659,7 +662,7 @@ def _read_nifti(path):
         with gzip.open(path) as file:  # damage is told from other formats here
             while file.read(1 << 20):
                 pass
-    image = nibabel.load(path)
+    image = _opened(path)
     if not isinstance(image, nibabel.spatialimages.SpatialImage):
         raise _Unreadable(f"a {type(image).__name__}, not a picture")
     shape = _squeezed(image.shape)
@@ -672,6 +675,19 @@ def _read_nifti(path):
     if array.dtype.kind not in "uifb":
         raise _Unreadable(f"holds {array.dtype} values, not real numbers")
     return array
+
+
+def _opened(path):
+    """nibabel's image of a file, which reads what lies between header and pixels at once."""
+    packed = path.lower().endswith(".gz")
+    with gzip.open(path) if packed else open(path, "rb") as file:
+        head = file.read(348)
+    for order, (code, where, size) in itertools.product("<>", [("f", 108, 348), ("q", 168, 540)]):
+        if len(head) == 348 and struct.unpack_from(f"{order}i", head)[0] == size:
+            offset = struct.unpack_from(order + code, head, where)[0]
+            if not offset < 1e6:
+                raise _Unreadable(f"its header says that the pixels begin at byte {offset:g}")
+    return nibabel.load(path)
 
 
 def _unpacked(data, limit):
@@ -726,7 +742,7 @@ def _header(path):
         if not path.lower().endswith(NIFTI):
             with Image.open(path, formats=RASTER_FORMATS) as image:
                 return (image.height, image.width), np.eye(4)
-        image = nibabel.load(path)
+        image = _opened(path)
         shape, affine = _squeezed(image.shape), image.affine
         if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
             zooms = np.abs((*image.header.get_zooms(), 1, 1)[:3])
@@ -884,9 +900,10 @@ def _build(root, files, bad, meta, choices, entry, skip, workers, progress):
     """Decode everything once, into a new cache entry that appears when it is whole."""
     common, n_files = None, len(files)
     entry.parent.mkdir(parents=True, exist_ok=True)
-    for left in entry.parent.glob(".building-*"):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > 24 * 3600:
-            shutil.rmtree(left, ignore_errors=True)
+    for left in [*entry.parent.glob(".building-*"), *entry.parent.glob(".phantom-*")]:
+        with contextlib.suppress(OSError):  # by a process that was killed, or gone by now
+            if time.time() - left.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=entry.parent) as draft:
         out, text = Path(draft, "images.u16"), Path(draft, "index.json")
         while True:  # again without the bad files, or with the right size where the guess is wrong
@@ -894,8 +911,12 @@ def _build(root, files, bad, meta, choices, entry, skip, workers, progress):
             rows, groups, guess = _rows(root, plan, choices["plane"], choices["slices"])
             common = common or guess
             size = tuple(choices["image_size"] or common)
+            room, needed = shutil.disk_usage(draft).free, 2 * len(rows) * math.prod(size)
+            if needed > room:
+                text = f"{len(rows)} slices of {size[0]} x {size[1]} take {needed / 1e9:.1f} GB"
+                raise UserError(f"{entry.parent}: {text}, and {room / 1e9:.1f} GB are free")
             with open(out, "wb") as file:
-                file.truncate(2 * len(rows) * math.prod(size))
+                file.truncate(needed)
             work, windows, answers = partial(_decode, str(root), out, common, size), [], []
             with tqdm(total=len(rows), desc="decoding", disable=not progress) as bar:
                 for window, done in _map(work, groups, workers):
@@ -927,8 +948,10 @@ def _build(root, files, bad, meta, choices, entry, skip, workers, progress):
         index["report"] |= notes
         text.write_text(json.dumps(index))
         entry.mkdir(exist_ok=True)
-        for file in (out, text):  # another process can only put the same in their place
-            os.replace(file, entry / file.name)
+        for path in (out, text):  # another process can only put the same in their place
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # or a power cut may leave slices of zeros
+            os.replace(path, entry / path.name)
 
 
 def _index(root, rows, groups, images, windows, common, size):

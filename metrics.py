@@ -69,12 +69,12 @@ def _mapped(network, images, device, desc=None):
 
 
 def split_codes(run_dir, data, name, model, device):
-    """Codes (N, h, w) int64 of a split under a run's VQ-VAE, `model`, as numpy.
+    """Codes (N, h, w) int64 of a split under a run's VQ-VAE, `model`, loaded, as numpy.
 
     Read from RUN/codes where this VQ-VAE and these data made what is there; else made, and kept if
     the run can be written to.
     """
-    made_by = utils.short_hash(utils.pack(model)) + data.fingerprint
+    made_by = model.file_hash + data.fingerprint
     shape = len(data[name]), *(n // model.config.downsample for n in data.size)
     stored = stored_codes(run_dir, name, model.config.n_embeddings)
     if stored is not None and stored[0] == made_by and stored[1].shape == shape:

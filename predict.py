@@ -94,11 +94,11 @@ def parser():
         "--temperature",
         type=utils.at_least(0.0, float),
         metavar="T",
-        default=0.8,
+        default=0.9,
         help="1 draws from the prior as learned; less gives likelier, less varied slices",
     )
     sample.add_argument(
-        "--guidance", type=utils.at_least(0.0, float), metavar="W", default=0.5,
+        "--guidance", type=utils.at_least(0.0, float), metavar="W", default=0,
         help="how much more a slice shall look like its position and label: 0 draws as learned, "
         "more than 1 may tear slices",
     )
@@ -150,7 +150,11 @@ def predict(args, device, held):
     torch.backends.cudnn.allow_tf32 = False  # or a GPU's figures are of 10 bits, not of float32
     run_dir = Path(args.run_dir)
     config = utils.load_config(run_dir, "vq_vae")
-    vq_vae, prior = utils.load_model(run_dir, "vq_vae", device), load_prior(run_dir, device)
+    vq_vae = utils.load_model(run_dir, "vq_vae", device)
+    prior = load_prior(run_dir, vq_vae, device)
+    weights = hash(tuple(int(model.file_hash, 16) for model in (vq_vae, prior) if model))
+    if len(set(utils.gathered(torch.tensor([weights])).tolist())) > 1:
+        raise UserError(f"{run_dir}: other weights were saved meanwhile; start again")
     label = pick_label(args.label, config["data"]["classes"])
     if args.input:
         of_all = args.label, -1.0 if args.position is None else args.position
@@ -189,6 +193,8 @@ def predict(args, device, held):
             draw_samples(call, label, learned or data)
         return
     held.enter_context(utils.only_one(final / ".lock"))
+    if call.out.is_symlink():  # a stranger's link leads anywhere
+        call.out.unlink()
     utils.make_folder(call.out)  # so that a call that fails leaves the results of the last one
     remove(call.out, WRITTEN)
     codes, labels = score(call, data)
@@ -311,8 +317,8 @@ def check_size(run_dir, config, size):
         )
 
 
-def load_prior(run_dir, device):
-    """The prior of a run, if it is of the codes of its VQ-VAE; else None, and a note."""
+def load_prior(run_dir, vq_vae, device):
+    """The prior of a run, if it is of the codes of its `vq_vae`; else None, and a note."""
     note = "note: {}, so no samples are drawn; to train one run: python train.py --mode pixelcnn"
     note += f" --run_dir {run_dir}"
     if not (run_dir / "pixelcnn" / "model.safetensors").exists():
@@ -323,8 +329,7 @@ def load_prior(run_dir, device):
     belongs = config["model"].get("size") == [n // f for n in first["data"]["size"]]
     belongs &= config["model"].get("n_embeddings") == k
     belongs &= config["model"].get("n_classes", 0) == len(first["data"]["classes"])
-    made_for = utils.file_hash(run_dir / "vq_vae" / "model.safetensors")
-    if config["vq_vae"] != made_for:
+    if config["vq_vae"] != vq_vae.file_hash:
         why = f"the prior of {run_dir} was trained on the codes of another VQ-VAE than is there now"
         print(note.format(why) + " --fresh", file=sys.stderr)
         return None
@@ -542,9 +547,7 @@ def draw_samples(call, label, data):
         images: the first `N_JUDGED` (N, H, W) in [0, 1]. folder: where all of them are.
     """
     args, prior, out = call.args, call.prior, call.out
-    made_by = [
-        utils.file_hash(call.run_dir / stage / "model.safetensors") for stage in utils.STAGES
-    ]
+    made_by = [call.vq_vae.file_hash, prior.file_hash]
     names = ("temperature", "guidance", "top_k", "label", "position")
     settings = {name: getattr(args, name) for name in names}
     stamp = {"models": made_by, "seed": args.seed, "data": data.fingerprint, **settings}
@@ -556,6 +559,8 @@ def draw_samples(call, label, data):
 
     folder = out.parent / "samples"
     folder = folder if is_alike(folder) else out / "samples"
+    if utils.processes()[0] == 0:
+        remove(folder, [".*.tmp"])  # of a process that was killed
     if utils.processes()[0] == 0 and not is_alike(folder):
         remove_samples(folder)
         utils.write_json(folder / "settings.json", stamp)

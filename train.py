@@ -216,6 +216,8 @@ def main():
             if args.mode == "vq_vae":
                 train_vq_vae(args, run_dir, settings, data, device)
                 return
+            if utils.load_config(run_dir, "vq_vae") != first:
+                raise UserError(f"{run_dir}: stage 1 was trained anew meanwhile; start again")
             with utils.only_one(run_dir / ".pixelcnn.lock"):
                 train_pixelcnn(args, run_dir, settings, data, device, first)
 
@@ -310,7 +312,7 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
         },
     )
     config = make_config(args, settings, model_config, data)
-    config["vq_vae"] = utils.file_hash(run_dir / "vq_vae" / "model.safetensors")
+    config["vq_vae"] = vq_vae.file_hash
     torch.manual_seed(args.seed)
     model = GatedPixelCNN(model_config)
     model.start_from(vq_vae.quantizer.codebook.cpu())
@@ -532,14 +534,17 @@ def clear(directory, is_fresh):
     try:
         old = directory.with_name(f".{directory.name}.old")
         if is_fresh and directory.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            if not old.is_symlink():
+                shutil.rmtree(old, ignore_errors=True)
             directory.rename(old)  # at once, so that a kill leaves a run or none
-        if old.exists():
+        if old.is_symlink():  # to another disk, say; what it leads to may be anything
+            old.unlink()
+        elif old.exists():
             shutil.rmtree(old)
         for path in (*directory.glob(".*.tmp"), *directory.parent.glob("codes/.*.tmp")):
             path.unlink()
     except OSError as error:
-        message = f"{error.filename or directory}: cannot be deleted ({error.strerror})"
+        message = f"{error.filename or directory}: cannot be deleted ({error.strerror or error})"
         raise UserError(message) from error
 
 
@@ -673,8 +678,13 @@ def resume(directory, config, model, averaged, optimizer, state, running):
             if moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
                 raise ValueError("moments of another kind")
             for name in ("exp_avg", "exp_avg_sq"):
-                if moments[name].shape != parameters[i].shape or moments["step"].shape != ():
+                like, stored = parameters[i], moments[name]
+                if (stored.shape, stored.dtype) != (like.shape, like.dtype):
                     raise ValueError("moments of other weights")
+                # a stranger's may repeat one number, which the optimizer would write beyond
+                moments[name] = torch.empty_like(like).copy_(stored)
+            if moments["step"].shape != ():
+                raise ValueError("moments of other weights")
         optimizer.load_state_dict(checkpoint["optimizer"])
         for group, of_group in zip(optimizer.param_groups, own, strict=True):
             group |= {name: of_group[name] for name in of_group if name != "params"}
@@ -708,20 +718,27 @@ def check_archive(path):
 def check_history(checkpoint):
     """Raise ValueError unless a checkpoint, perhaps a stranger's, tells of a run as ours do."""
 
-    def are_numbers(values):
-        return isinstance(values, dict) and all(
-            isinstance(k, str) and isinstance(v, int | float) for k, v in values.items()
+    def are_counts(*values):
+        return all(type(n) is int and 0 <= n < 1 << 48 for n in values)
+
+    def are_figures(values):
+        names = values.keys() if isinstance(values, dict) else set()
+        return names & plots.TITLES.keys() and all(
+            isinstance(name, str) and (isinstance(value, float) or are_counts(value))
+            for name, value in values.items()
         )
 
     state, log, running = checkpoint["state"], checkpoint["log"], checkpoint.get("running", [])
-    counts = [value for name, value in state.items() if name != "best"]
+    entries = {"update", "data", "skipped", "train", "validate"}
     is_ours = (
-        all(type(n) is int and 0 <= n < 1 << 48 for n in counts)
+        all(isinstance(name, str) for name in state)
+        and are_counts(*(value for name, value in state.items() if name != "best"))
         and {"update", "drawn", "best_update"} <= state.keys()
         and (isinstance(state["best"], float) if log else state["best"] is None)
-        and all(are_numbers(losses) and losses for losses in running)
-        and all(type(entry["update"]) is int for entry in log)
-        and all(are_numbers(e[part]) and e[part] for e in log for part in ("train", "validate"))
+        and all(are_figures(losses) for losses in running)
+        and all(e.keys() <= entries and isinstance(e.get("data", ""), str) for e in log)
+        and all(are_counts(entry["update"], entry.get("skipped", 0)) for entry in log)
+        and all(are_figures(e[part]) for e in log for part in ("train", "validate"))
         and len({(tuple(e["train"]), tuple(e["validate"])) for e in log}) <= 1
     )
     if not is_ours:

@@ -55,8 +55,31 @@ class Stopped(BaseException):
     """
 
 
+class Heedless:
+    """A stream to write to, whether anybody reads or not: work is worth more than its report.
+
+    Ctrl-C ends a `tee` behind a command before the command; a disk may be full of its messages.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def run_main(main):
     """Run a command; a `UserError` becomes one line on stderr and exit status 2."""
+    sys.stdout, sys.stderr = Heedless(sys.stdout), Heedless(sys.stderr)
 
     def stop(number, _):  # as Ctrl-C does: temporary files are removed, other processes ended
         raise Stopped(number, f"stopped; {again()} goes on from what was saved")
@@ -92,7 +115,7 @@ def first_line(error):
 def is_out_of_memory(error):
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    words = ("allocate memory", "not enough memory")
+    words = ("allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(w in first_line(error) for w in words)
 
 
@@ -122,7 +145,8 @@ def noted_signals():
     def note(number, _):
         noted.append(number)
         if processes()[1] == 1:  # torchrun passes one signal on twice, and ends what hangs itself
-            os.write(2, b"\nstopping after this update; once more to leave at once\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this update; once more to leave at once\n")
             restore()
 
     def restore():
@@ -158,10 +182,9 @@ def only_one(path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(
-                f"{path.parent}: process {file.read(300).decode('utf8', 'replace').strip()} is at "
-                "work here; wait for it, or choose another folder"
-            ) from None
+            who = file.read(300).decode("utf8", "replace").strip() or "that has just started"
+            text = f"{path.parent}: process {who} is at work here; wait for it, or choose another"
+            raise UserError(f"{text} folder") from None
         except OSError as error:
             text = f"note: {path.parent} cannot be locked ({error.strerror}); take care that no"
             print(text, "other process is at work there", file=sys.stderr)
@@ -398,6 +421,7 @@ def write_atomically(path, write):
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # a stranger's link leads anywhere
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # or a power cut may leave the new name without its content
@@ -435,14 +459,9 @@ def read_json(path):
 
 def save_model(model, path):
     """The weights alone; with config.json beside them, all that `load_model` needs."""
-    packed = pack(model)  # save_file would hide the file from other users
-    write_atomically(path, lambda temporary: temporary.write_bytes(packed))
-
-
-def pack(model):
-    """The weights as the bytes of a safetensors file."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    return safetensors.torch.save(tensors)
+    packed = safetensors.torch.save(tensors)  # save_file would hide the file from other users
+    write_atomically(path, lambda temporary: temporary.write_bytes(packed))
 
 
 def load_config(run_dir, stage):
@@ -538,7 +557,8 @@ def load_model(run_dir, stage, device="cpu"):
         run_dir: the run's directory, such as "runs/demo".
         stage: "vq_vae" or "pixelcnn".
     Returns:
-        `modules.VQVAE` or `modules.GatedPixelCNN` in eval mode, with `.config`.
+        `modules.VQVAE` or `modules.GatedPixelCNN` in eval mode, with `.config`, and `.file_hash`,
+        which tells its weights from others.
     Raises:
         UserError: the stage is not there, or its files are damaged or do not belong together.
     """
@@ -548,13 +568,15 @@ def load_model(run_dir, stage, device="cpu"):
     try:
         with torch.device("meta"):  # nothing is allocated for sizes that the file does not have
             model = make_model(make_config(**config["model"]))
-        tensors = safetensors.torch.load_file(path)
+        content = path.read_bytes()  # once: a training may put other weights there meanwhile
+        tensors = safetensors.torch.load(content)
         if any(t.dtype != tensors[name].dtype for name, t in model.state_dict().items()):
             raise ValueError("numbers of another kind")
         model.load_state_dict(tensors, assign=True)
     except Exception as error:
         what = "does not fit config.json beside it or is damaged ({}); train this stage again with"
         raise unusable(path, error, what + " --fresh") from error
+    model.file_hash = short_hash(content)
     return model.to(device).eval()
 
 
@@ -564,11 +586,6 @@ def check_stored(archive):
     is_packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if is_packed or sum(entry.file_size for entry in entries) > size:
         raise ValueError("compressed")
-
-
-def file_hash(path):
-    """Short SHA-256 of a file: tells whether a prior belongs to these VQ-VAE weights."""
-    return short_hash(Path(path).read_bytes())
 
 
 def short_hash(content):

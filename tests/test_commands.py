@@ -301,6 +301,32 @@ def test_too_little_memory_to_decode_is_no_fault_of_the_file(data, tmp_path):
     assert not list(tmp_path.rglob("images.u16"))
 
 
+def test_samples_are_stamped_with_the_weights_that_drew_them(run_dir, tmp_path):
+    """A training may save better ones meanwhile. What a killed call left half written goes."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    weights = tmp_path / "run" / "pixelcnn" / "model.safetensors"
+    drew = utils.short_hash(weights.read_bytes())
+    code = (
+        "import predict, torch, utils\n"
+        "original = predict.score\n"
+        "def score(call, data):\n"
+        "    prior = utils.load_model(call.run_dir, 'pixelcnn')\n"
+        "    prior.head[-1].bias.data += torch.arange(16.0)\n"
+        f"    utils.save_model(prior, {str(weights)!r})\n"
+        "    return original(call, data)\n"
+        "predict.score = score\n"
+        "utils.run_main(predict.main)\n"
+    )
+    left = tmp_path / "run" / "predict" / ".unfinished" / "samples" / ".sample_00001.png.9.tmp"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    call(["-c", code, "--run_dir", tmp_path / "run", "--n_samples", "2"])
+    samples = tmp_path / "run" / "predict" / "samples"
+    settings = json.loads((samples / "settings.json").read_text())
+    assert settings["models"][1] == drew != utils.short_hash(weights.read_bytes())
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 class Page(HTMLParser):
     """What a browser would fetch or run."""
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -1045,3 +1046,31 @@ def test_a_small_file_that_unpacks_to_a_large_one_takes_no_memory(tmp_path):
     tracemalloc.stop()
     assert np.array_equal(image, expected)
     assert peak < 4 << 20
+
+
+@pytest.mark.parametrize("size", [348, 540])
+def test_an_extension_of_the_header_takes_no_memory(tmp_path, size):
+    """nibabel reads all that lies between header and pixels, which a small file may make large."""
+    long = 64 << 20
+    image = {348: nibabel.Nifti1Image, 540: nibabel.Nifti2Image}[size](pixels(0), np.eye(4))
+    head = bytearray(image.header.binaryblock)
+    code, where = {348: ("<f", 108), 540: ("<q", 168)}[size]
+    struct.pack_into(code, head, where, size + 4 + long)
+    head += b"\1\0\0\0" + struct.pack("<ii", long, 6) + bytes(long + pixels(0).nbytes)
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(bytes(head)))
+    del head
+    tracemalloc.start()
+    found = dataset._images(str(tmp_path), "a.nii.gz", None, [0])
+    assert "begin at byte" in found
+    assert dataset._header(str(tmp_path / "a.nii.gz")) is None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
+
+
+def test_a_cache_that_would_not_fit_is_not_begun(tmp_path, load, monkeypatch):
+    for i in range(4):
+        save(tmp_path / "data" / f"sub-{i}.nii.gz", pixels(i))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=100))
+    with pytest.raises(utils.UserError, match=r"4 slices of .* take 0.0 GB, and 0.0 GB are free"):
+        load(tmp_path / "data")

@@ -94,7 +94,7 @@ def strange(value, path, new):
 def loads_or_says_why(run, stage):
     try:
         utils.load_model(run, stage)
-        predict.load_prior(run, "cpu")
+        predict.load_prior(run, utils.load_model(run, "vq_vae"), "cpu")
     except utils.UserError as error:
         assert "\n" not in str(error)  # noqa: PT017
 
@@ -157,6 +157,8 @@ def test_strange_entries_of_a_checkpoint(stages):
         model(torch.zeros(1, *model.config.size, dtype=torch.long)).sum().backward()
         optimizer.step()
         train.is_done(log, state, config["train"] | {"patience": 1})
+        json.dumps([log, state, running])
+        float(np.mean([losses["bits_per_code"] for losses in running] or [0]))
         assert all(np.isreal(losses["bits_per_code"]) for losses in running)
         train.learning_rate(state["update"], config["train"])
         train.batch_indices(10, 2, state["drawn"], 0)

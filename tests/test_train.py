@@ -328,6 +328,16 @@ def test_a_run_that_cannot_go_on_is_left_as_it_is(data, run_dir, tmp_path, monke
         moments["exp_avg"] = torch.zeros(1).expand(1 << 20, 1 << 20)
         torch.save(checkpoint, path / "checkpoint.pt")
 
+    def with_a_number_beyond_floats():
+        checkpoint = torch.load(path / "checkpoint.pt", weights_only=True)
+        checkpoint["running"] = [{"reconstruction": 10**400}]
+        torch.save(checkpoint, path / "checkpoint.pt")
+
+    def with_a_figure_of_its_own():
+        checkpoint = torch.load(path / "checkpoint.pt", weights_only=True)
+        checkpoint["log"][0]["mine"] = torch.zeros(1)
+        torch.save(checkpoint, path / "checkpoint.pt")
+
     def with_a_terabyte():
         class Terabyte:
             def __reduce__(self):
@@ -348,6 +358,8 @@ def test_a_run_that_cannot_go_on_is_left_as_it_is(data, run_dir, tmp_path, monke
         (with_newer_config, "", "config.json: format version 99, this code reads 1 to 2; update"),
         (with_newer_checkpoint, "", "point.pt: format version 99, this code reads 1 to 2; update"),
         (with_moments_of_nothing, "", "damaged .moments of other weights"),
+        (with_a_number_beyond_floats, "", "damaged .not the history of a run"),
+        (with_a_figure_of_its_own, "", "damaged .not the history of a run"),
         (with_a_terabyte, "", "damaged .__builtin__ bytearray in it"),
         (compressed, "", "damaged .compressed"),
         (before_the_archive, "", "damaged .something before the archive"),
@@ -362,6 +374,48 @@ def test_a_run_that_cannot_go_on_is_left_as_it_is(data, run_dir, tmp_path, monke
         with pytest.raises(utils.UserError, match=words):
             train.main()
         assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+def test_moments_that_repeat_one_number_are_not_written_beyond_it(data, tmp_path):
+    """The fused optimizer takes moments for as dense as the weights."""
+    words = f"train.py --mode vq_vae --data {data} --run_dir {tmp_path} {SMALL_VQ_VAE}"
+    call(words)
+    path = tmp_path / "vq_vae" / "checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    for moments in checkpoint["optimizer"]["state"].values():
+        moments["exp_avg"] = torch.zeros(1).expand(moments["exp_avg"].shape)
+    torch.save(checkpoint, path)
+    call(f"{words} --n_updates 7")
+    for moments in torch.load(path, weights_only=True)["optimizer"]["state"].values():
+        assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride()
+
+
+def test_ctrl_c_that_ends_the_reader_of_the_messages_too_loses_nothing(data, tmp_path):
+    """As in `python train.py ... 2>&1 | tee log`."""
+    words = f"train.py --mode vq_vae --data {data} --run_dir {tmp_path} {SMALL_VQ_VAE}"
+    process, out, err = start([*words.split(), "--n_updates", "100000"])
+    while not (tmp_path / "vq_vae" / "log.jsonl").exists():
+        time.sleep(0.05)
+    out.close()
+    err.close()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    state = torch.load(tmp_path / "vq_vae" / "checkpoint.pt", weights_only=True)["state"]
+    assert state["update"] > 0
+
+
+def test_a_run_in_a_folder_that_is_a_link_can_start_over(data, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "vq_vae").symlink_to(tmp_path / "scratch")
+    words = f"train.py --mode vq_vae --data {data} --run_dir {tmp_path / 'run'} {SMALL_VQ_VAE}"
+    call(words)
+    before = files(tmp_path / "scratch")
+    call(f"{words} --fresh")
+    assert files(tmp_path / "scratch") == before
+    out, _ = call(words)
+    assert "finished" in out
 
 
 def test_a_prior_from_before_there_were_mirrors_goes_on(data, run_dir, tmp_path):
