@@ -679,8 +679,9 @@ def _read_nifti(path):
 
 def _opened(path):
     """nibabel's image of a file, which reads what lies between header and pixels at once."""
-    packed = path.lower().endswith(".gz")
-    with gzip.open(path) if packed else open(path, "rb") as file:
+    with open(path, "rb") as file:
+        is_packed = file.read(2) == b"\x1f\x8b"
+    with (gzip.open if is_packed else open)(path, "rb") as file:
         head = file.read(348)
     for order, (code, where, size) in itertools.product("<>", [("f", 108, 348), ("q", 168, 540)]):
         if len(head) == 348 and struct.unpack_from(f"{order}i", head)[0] == size:
