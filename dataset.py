@@ -912,6 +912,7 @@ def _build(root, files, bad, meta, choices, entry, skip, workers, progress):
             rows, groups, guess = _rows(root, plan, choices["plane"], choices["slices"])
             common = common or guess
             size = tuple(choices["image_size"] or common)
+            out.unlink(missing_ok=True)
             room, needed = shutil.disk_usage(draft).free, 2 * len(rows) * math.prod(size)
             if needed > room:
                 text = f"{len(rows)} slices of {size[0]} x {size[1]} take {needed / 1e9:.1f} GB"

@@ -94,7 +94,7 @@ def stored_codes(run_dir, name, n_embeddings):
     path = run_dir / "codes" / f"{name}.npz"
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            utils.check_stored(archive)
+            utils.check_unpacked(archive, most=100)
             for entry in archive.infolist():  # or numpy makes room for what a header says
                 with archive.open(entry) as array:
                     np.lib.format.read_magic(array)
@@ -111,7 +111,7 @@ def stored_codes(run_dir, name, n_embeddings):
 
 def _save_npz(path, arrays):
     with open(path, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez_compressed(file, **arrays)
 
 
 def bits(logits, codes):

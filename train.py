@@ -542,7 +542,7 @@ def clear(directory, is_fresh):
         elif old.exists():
             shutil.rmtree(old)
         for path in (*directory.glob(".*.tmp"), *directory.parent.glob("codes/.*.tmp")):
-            path.unlink()
+            path.unlink(missing_ok=True)
     except OSError as error:
         message = f"{error.filename or directory}: cannot be deleted ({error.strerror or error})"
         raise UserError(message) from error
@@ -705,7 +705,7 @@ def check_archive(path):
         file.seek(0)
         if file.read(4) != b"PK\x03\x04" or min(entry.header_offset for entry in entries):
             raise ValueError("something before the archive")
-        utils.check_stored(archive)
+        utils.check_unpacked(archive, most=1)
         for entry in entries:
             if entry.filename.lower().endswith(".pkl"):
                 for code, argument, _ in pickletools.genops(archive.read(entry)):

@@ -12,7 +12,6 @@ import platform
 import signal
 import sys
 import threading
-import zipfile
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -79,7 +78,9 @@ class Heedless:
 
 def run_main(main):
     """Run a command; a `UserError` becomes one line on stderr and exit status 2."""
-    sys.stdout, sys.stderr = Heedless(sys.stdout), Heedless(sys.stderr)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is not None:  # as it is where it was closed
+            setattr(sys, name, Heedless(getattr(sys, name)))
 
     def stop(number, _):  # as Ctrl-C does: temporary files are removed, other processes ended
         raise Stopped(number, f"stopped; {again()} goes on from what was saved")
@@ -99,7 +100,8 @@ def run_main(main):
             raise
         reason = first_line(error) or "the system has no more"
         print(
-            f"error: out of memory ({reason}); in training try a smaller --batch_size",
+            f"error: out of memory ({reason}); in training try a smaller --batch_size, "
+            "in decoding fewer --workers",
             file=sys.stderr,
         )
         sys.exit(2)
@@ -580,11 +582,10 @@ def load_model(run_dir, stage, device="cpu"):
     return model.to(device).eval()
 
 
-def check_stored(archive):
-    """Raise ValueError if a zip archive, perhaps a stranger's, unpacks to more than it takes up."""
-    entries, size = archive.infolist(), os.fstat(archive.fp.fileno()).st_size
-    is_packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-    if is_packed or sum(entry.file_size for entry in entries) > size:
+def check_unpacked(archive, most):
+    """Raise ValueError if a zip archive, perhaps a stranger's, unpacks to over `most` times it."""
+    size = os.fstat(archive.fp.fileno()).st_size
+    if sum(entry.file_size for entry in archive.infolist()) > most * size:
         raise ValueError("compressed")
 
 

@@ -205,7 +205,7 @@ def test_kills_at_any_instant_cost_nothing(stage, n_kills, data, run_dir, tmp_pa
     update; the others whenever it is. Half-way one of a file being written strikes a run that is
     started over.
     """
-    flags = f"{stages(data)[stage]} --n_updates {2 * n_kills} --log_interval 1"
+    flags = f"{stages(data)[stage]} --n_updates {24 + n_kills} --log_interval 1"
     whole, run = tmp_path / "whole", tmp_path / "run"
     if stage == "pixelcnn":
         for path in (whole, run):
@@ -394,7 +394,8 @@ def test_ctrl_c_that_ends_the_reader_of_the_messages_too_loses_nothing(data, tmp
     """As in `python train.py ... 2>&1 | tee log`."""
     words = f"train.py --mode vq_vae --data {data} --run_dir {tmp_path} {SMALL_VQ_VAE}"
     process, out, err = start([*words.split(), "--n_updates", "100000"])
-    while not (tmp_path / "vq_vae" / "log.jsonl").exists():
+    log = tmp_path / "vq_vae" / "log.jsonl"
+    while not (log.exists() and log.stat().st_size):
         time.sleep(0.05)
     out.close()
     err.close()
