@@ -8,6 +8,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,7 @@ def _command(words, cwd, environment, out, err):
     err.close()
     os.chdir(cwd)
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
     sys.path.insert(0, cwd)
     try:
         if words[0] == "-c":
