@@ -561,9 +561,9 @@ def draw_samples(call, label, data):
     folder = folder if is_alike(folder) else out / "samples"
     if utils.processes()[0] == 0:
         remove(folder, [".*.tmp"])  # of a process that was killed
-    if utils.processes()[0] == 0 and not is_alike(folder):
-        remove_samples(folder)
-        utils.write_json(folder / "settings.json", stamp)
+        if not is_alike(folder):
+            remove_samples(folder)
+            utils.write_json(folder / "settings.json", stamp)
     utils.wait_for_all()
     depths = data["train"].positions
     if args.position is not None:
