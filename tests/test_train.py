@@ -585,13 +585,16 @@ def test_a_signal_to_two_processes_saves_once(data, tmp_path):
     flags = f"--mode vq_vae --data {data} --run_dir {tmp_path} {SMALL_VQ_VAE} --log_interval 1"
     words = torchrun(2, ["train.py", *flags.split(), "--n_updates", "100000"])
     process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (tmp_path / "vq_vae" / "log.jsonl").exists():
+    log = tmp_path / "vq_vae" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.05)
     process.terminate()
     _, err = process.communicate(timeout=200)
-    saved = int(re.search(r"vq_vae: saved at update (\d+); the same command goes on", err)[1])
-    log = (tmp_path / "vq_vae" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["update"] for line in log] == list(range(1, saved + 1))
+    saved = re.search(r"vq_vae: saved at update (\d+); the same command goes on", err)
+    assert saved, err
+    saved = int(saved[1])
+    updates = [json.loads(line)["update"] for line in log.read_text().splitlines()]
+    assert updates == list(range(1, saved + 1))
     call(f"train.py {flags} --batch_size 8 --n_updates {saved + 2}")
 
 
