@@ -422,7 +422,8 @@ def two_sample_accuracy(
         made, real: (N, H, W) in [0, 1], as many of each.
         real_groups, made_groups: N names each; None where each image is a group of its own.
     Returns:
-        accuracy, its 95 % interval (Wilson).
+        accuracy, its 95 % interval: Wilson's, which takes slices for independent, widened to that
+        of `patient_interval` where this reaches further.
     """
     groups = (np.arange(len(made)) if made_groups is None else made_groups, real_groups)
     fold = np.concatenate([_folds(names, seed + i) % n_folds for i, names in enumerate(groups)])
@@ -430,7 +431,7 @@ def two_sample_accuracy(
     # fine texture as a channel of its own: next to the shapes it is too faint to be learned from
     x = torch.cat([x, 10 * (x - F.avg_pool2d(x, 3, 1, 1))], 1)
     y = torch.cat([torch.ones(len(made)), torch.zeros(len(real))])
-    right = 0
+    right = np.zeros(len(y))
     with torch.random.fork_rng(devices=[]):
         for k in tqdm(range(n_folds), desc=desc, unit="fold", disable=desc is None):
             torch.manual_seed(seed + k)
@@ -439,8 +440,11 @@ def two_sample_accuracy(
                 network = _judge(x[seen], y[seen])
                 with torch.inference_mode():  # crops, as in its training: whole slices are unlike
                     scores = [network(crop)[:, 0] for crop in _crops(x[held])]
-                right += int(((torch.stack(scores).mean(0) > 0) == y[held].bool()).sum())
-    return _wilson(right, len(y))
+                right[held] = (torch.stack(scores).mean(0) > 0) == y[held].bool()
+    names = [f"{kind} {name}" for kind, of_kind in enumerate(groups) for name in of_kind]
+    accuracy, interval = _wilson(right.sum(), len(right))
+    low, high = zip(interval, patient_interval(right, names), strict=True)
+    return accuracy, [min(low), max(high)]
 
 
 def _crops(x):
@@ -476,7 +480,7 @@ def _judge(x, y):
 
 
 def _wilson(right, n, z=1.96):
-    p = right / n
+    p = float(right / n)
     centre, scale = (p + z * z / (2 * n)), 1 + z * z / n
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return p, [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]

@@ -60,11 +60,12 @@ PROTOCOL = {
     "precision, recall": "3 nearest neighbours, in the same features",
     "best_match_ssim": "nearest slice of the split: best SSIM among the 16 of least squared "
     "difference at a quarter of the resolution",
-    "copies": "as near to a training slice as 95 % of training slices are to their reconstructions",
+    "copies": "as near to a training slice as 95 % of training slices are to their "
+    "reconstructions, as many as judged and 64 at least",
     "two_sample_accuracy": "4 folds, by patient; a network of four strided convolutions on the "
     "slice and what a 3 x 3 mean takes away, "
-    f"{metrics.JUDGE_UPDATES} updates on crops of {metrics.CROP}; Wilson interval, which "
-    "takes slices for independent",
+    f"{metrics.JUDGE_UPDATES} updates on crops of {metrics.CROP}; Wilson's interval, widened to "
+    "that of a bootstrap over patients and samples",
 }
 
 
@@ -624,13 +625,6 @@ def judge_samples(call, images, learned):
     split, vq_vae, seed, device = call.split, call.vq_vae, call.args.seed, call.device
     result = call.result["samples"]
     n = min(len(images), len(split), len(learned), N_JUDGED)
-    if n < 8:
-        print(
-            "note: samples are judged only where there are 8 of them, 8 slices to compare with, "
-            "and 8 that were learned from",
-            file=sys.stderr,
-        )
-        return
     rng = np.random.default_rng(seed)
     which = {
         name: np.sort(rng.choice(len(part), n, replace=False))
@@ -639,30 +633,13 @@ def judge_samples(call, images, learned):
     made = images[:n]
     real = {name: (learned if name == "train" else split).batch(which[name])[:, 0].numpy()
             for name in which}  # fmt: skip
-    again = {name: metrics.through(vq_vae, x, device) for name, x in real.items()}
     held, train = real["held"], real["train"]
-    seen = {"samples": made, "real": train, "reconstructions": again["held"]}
-    features = {name: metrics.features(vq_vae, x, device) for name, x in seen.items()}
-    of_held = metrics.features(vq_vae, held, device)
-
-    result["judged"] = n
-    among = {kind: metrics.precision_recall(of_held, f) for kind, f in features.items()}
-    result |= {
-        "wasserstein": {k: metrics.sliced_wasserstein(x, held, seed) for k, x in seen.items()},
-        "frechet": {k: metrics.frechet_distance(f, of_held) for k, f in features.items()},
-        "precision": {kind: precision for kind, (precision, _) in among.items()},
-        "recall": {kind: recall for kind, (_, recall) in among.items()},
-        "pairwise_ssim": {k: metrics.pairwise_ssim(x, seed) for k, x in seen.items()},
-        "best_match_ssim": {
-            kind: float(metrics.nearest(x, split, desc=f"best match of {kind}")[1].mean())
-            for kind, x in (("samples", made), ("real", train))
-        },
-    }
 
     nearest, ssim = metrics.nearest(images, learned, desc="nearest training slice")
     _, of_real = metrics.nearest(held, learned, desc="the same for real slices")
-    own = [metrics.slice_scores(x, y)["ssim"] for x, y in zip(train, again["train"], strict=True)]
-    limit = float(np.percentile(own, 5))
+    some = learned.batch(plots.picks(len(learned), max(n, 64)))[:, 0].numpy()
+    pairs = zip(some, metrics.through(vq_vae, some, device), strict=True)
+    limit = float(np.percentile([metrics.slice_scores(x, y)["ssim"] for x, y in pairs], 5))
     result["nearest_training_ssim"] = {
         "samples": float(ssim.mean()),
         "real": float(of_real.mean()),
@@ -677,7 +654,31 @@ def judge_samples(call, images, learned):
     neighbours = learned.batch(nearest[order])[:, 0].numpy()
     path = call.out / "nearest.png"
     plots.nearest(images[order], neighbours, ssim[order], order, path, call.config)
+    if n < 8:
+        print(
+            "note: copies are looked for, but samples are judged further only where there are 8 of "
+            "them, 8 slices to compare with, and 8 that were learned from",
+            file=sys.stderr,
+        )
+        return
 
+    again = {name: metrics.through(vq_vae, x, device) for name, x in real.items()}
+    seen = {"samples": made, "real": train, "reconstructions": again["held"]}
+    features = {name: metrics.features(vq_vae, x, device) for name, x in seen.items()}
+    of_held = metrics.features(vq_vae, held, device)
+    result["judged"] = n
+    among = {kind: metrics.precision_recall(of_held, f) for kind, f in features.items()}
+    result |= {
+        "wasserstein": {k: metrics.sliced_wasserstein(x, held, seed) for k, x in seen.items()},
+        "frechet": {k: metrics.frechet_distance(f, of_held) for k, f in features.items()},
+        "precision": {kind: precision for kind, (precision, _) in among.items()},
+        "recall": {kind: recall for kind, (_, recall) in among.items()},
+        "pairwise_ssim": {k: metrics.pairwise_ssim(x, seed) for k, x in seen.items()},
+        "best_match_ssim": {
+            kind: float(metrics.nearest(x, split, desc=f"best match of {kind}")[1].mean())
+            for kind, x in (("samples", made), ("real", train))
+        },
+    }
     groups = {"held": [split.patients[i] for i in which["held"]],
               "train": [learned.patients[i] for i in which["train"]]}  # fmt: skip
     if min(len(set(names)) for names in groups.values()) < 2:
@@ -729,17 +730,17 @@ def summarise(result, out, data, split):
         print(f"prior          {bits}")
     if s:
         print(f"samples        {s['n']} in {s['seconds']:.1f} s")
-        if "judged" in s:
-            match, near, told = (
-                s[k] for k in ("best_match_ssim", "nearest_training_ssim", "two_sample_accuracy")
-            )
-            line = f"best match in {split} {match['samples']:.3f} (real slices {match['real']:.3f})"
-            line += f"; {len(near['copies'])} copies of training slices"
+        if near := s.get("nearest_training_ssim"):
+            line = f"{len(near['copies'])} copies of training slices"
             if near["looked_up"] < s["n"]:
                 line += f" among the first {near['looked_up']}"
-            if told:
-                share = 100 * told["samples"]
-                line += f"; told from real ones {share:.0f} % of the time (50 is chance)"
+            if "judged" in s:
+                match, told = s["best_match_ssim"], s["two_sample_accuracy"]
+                real = f"(real slices {match['real']:.3f})"
+                line = f"best match in {split} {match['samples']:.3f} {real}; {line}"
+                if told:
+                    share = 100 * told["samples"]
+                    line += f"; told from real ones {share:.0f} % of the time (50 is chance)"
             print(f"{'':15s}{line}")
     else:
         why = "--input" if split == "input" else "--n_samples 0" if p else "no prior"

@@ -393,23 +393,26 @@ def test_samples_are_judged_beside_real_slices(run_dir, tmp_path):
     assert (tmp_path / "nearest.png").exists()
 
 
-def test_a_copied_training_slice_is_flagged(run_dir, data, tmp_path, monkeypatch):
-    """Four training slices, planted among samples of noise, and no other."""
+@pytest.mark.parametrize("n_noise", [0, 4])
+def test_a_copied_training_slice_is_flagged(run_dir, data, tmp_path, monkeypatch, n_noise):
+    """Four training slices, alone or planted among samples of noise, and no other."""
     monkeypatch.setattr(metrics, "JUDGE_UPDATES", 4)
     config = utils.load_config(run_dir, "vq_vae")
     slices = dataset.load(**config["data"]["arguments"], progress=False)
     planted = slices["train"].batch(np.arange(4) * 4)[:, 0].numpy()
-    noise = np.random.default_rng(0).random((4, *slices.size), np.float32)
+    noise = np.random.default_rng(0).random((n_noise, *slices.size), np.float32)
     images = np.concatenate([noise[:2], planted, noise[2:]])
     call_of_it = SimpleNamespace(
         args=SimpleNamespace(seed=0), device="cpu", config=config, out=tmp_path,
         vq_vae=utils.load_model(run_dir, "vq_vae"), split=slices["train"], result={"samples": {}},
     )  # fmt: skip
     predict.judge_samples(call_of_it, images, slices["train"])
-    near = call_of_it.result["samples"]["nearest_training_ssim"]
-    assert near["copies"] == [2, 3, 4, 5]
+    result = call_of_it.result["samples"]
+    assert ("judged" in result) == (n_noise == 4)
+    near = result["nearest_training_ssim"]
+    assert near["copies"] == [i + n_noise // 2 for i in range(4)]
     assert near["highest_sample"] == pytest.approx(1, abs=1e-4)
-    assert near["copies_among_real"] == 8  # the split is compared with itself
+    assert near["copies_among_real"] == len(images)  # the split is compared with itself
 
 
 def test_predicting_twice_gives_the_same(run_dir, tmp_path):

@@ -223,6 +223,25 @@ def test_a_judge_sees_fine_texture_beside_shapes():
     assert told > 0.95
 
 
+def test_interval_of_a_judge_is_that_of_patients_where_these_differ(monkeypatch):
+    """Right about each sample and about all slices of every second patient: 3 of 4, but of few."""
+    made = np.ones((32, 32, 32))
+    which = np.repeat(np.arange(8), 4)
+    real = np.ones((32, 32, 32)) * (which % 2)[:, None, None]
+    by_mean = lambda *_: lambda crops: crops[:, :1].mean((2, 3)) - 0.5  # noqa: E731
+    monkeypatch.setattr(metrics, "_judge", by_mean)
+    told, (low, high) = metrics.two_sample_accuracy(made, real, which)
+    assert told == 0.75
+    names = [f"made {i}" for i in range(32)] + [f"real {i}" for i in which]
+    right = np.concatenate([np.ones(32), 1 - which % 2])
+    assert [low, high] == metrics.patient_interval(right, names)
+    wilson = metrics._wilson(48, 64)[1]
+    assert low < wilson[0] < wilson[1] < high
+    told, (low, high) = metrics.two_sample_accuracy(made, 0 * real, which)  # no patient differs
+    assert (told, high) == (1, 1)
+    assert low == metrics._wilson(64, 64)[1][0] < 1
+
+
 def test_wilson_interval_against_its_defining_equation():
     p, (low, high) = metrics._wilson(70, 100)
     for bound in (low, high):  # where p is 1.96 standard errors away
