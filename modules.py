@@ -382,15 +382,23 @@ class PixelCNNConfig:
     n_classes: int = 0  # number of labels; 0 for none
     n_depths: int = 8  # places along a volume between which the atlas of `GatedPixelCNN` is mixed
     mirror: str = "none"  # or "rows", "columns": their second half also sees the first one, flipped
+    order: str = "rows"  # or "columns": which of the two follow one another as codes are drawn
 
     def __post_init__(self):
         object.__setattr__(self, "size", tuple(self.size))
         if self.mirror not in ("none", "rows", "columns"):
             raise ValueError(f"mirror must be 'none', 'rows' or 'columns', not {self.mirror!r}")
+        if self.order not in ("rows", "columns"):
+            raise ValueError(f"order must be 'rows' or 'columns', not {self.order!r}")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+
+    @property
+    def lines(self):
+        """(number of lines, codes in each) as codes are drawn: (h, w), or (w, h) by columns."""
+        return self.size if self.order == "rows" else self.size[::-1]
 
 
 def gate(x):
@@ -460,8 +468,8 @@ class Mirror(nn.Sequential):
 
     def __init__(self, config):
         c, r = config.n_channels, self.REACH
-        self.axis = {"rows": 2, "columns": 3}[config.mirror]
-        below = r if config.mirror == "rows" else 0  # codes there are not of the past in columns
+        self.axis = 2 if config.mirror == config.order else 3
+        below = r if self.axis == 2 else 0  # within a line, codes there are not of the past
         super().__init__(
             nn.ZeroPad2d((r, r, r, below)),
             nn.Conv2d(c, c, (r + 1 + below, 2 * r + 1)),
@@ -485,7 +493,9 @@ class GatedPixelCNN(nn.Module):
     in its volume, also picks from a learned atlas of the grid, a map of C channels for each of
     `n_depths` places along the volume: what lies where depends on the depth above all, and the
     network need not carry that from code to code. With `mirror` the second half of the grid also
-    sees the first one, flipped (see `Mirror`).
+    sees the first one, flipped (see `Mirror`). With the order "columns" it is the column that is
+    drawn code after code: grids are turned on their way in and out, and all that is said of rows
+    and columns between holds of the turned grid.
     """
 
     def __init__(self, config):
@@ -494,7 +504,7 @@ class GatedPixelCNN(nn.Module):
         c = config.n_channels
         self.embedding = nn.Embedding(config.n_embeddings, c)
         # the last of each means "any"
-        self.atlas = nn.Parameter(torch.empty(config.n_depths + 1, c, *config.size))
+        self.atlas = nn.Parameter(torch.empty(config.n_depths + 1, c, *config.lines))
         self.depth = nn.Parameter(torch.empty(config.n_depths + 1, c))
         self.label = nn.Parameter(torch.empty(config.n_classes + 1, c))
         self.conditions = nn.Linear(c, 2 * c * config.n_layers, bias=False)
@@ -542,17 +552,20 @@ class GatedPixelCNN(nn.Module):
             logits: (B, K, h, w).
         """
         atlas, conditions = self._conditions(len(codes), label, depth)
+        is_turned = self.config.order == "columns"
+        codes = codes.mT if is_turned else codes
         e = self.embedding(codes).permute(0, 3, 1, 2)  # (B, C, h, w)
         v = F.pad(e, (0, 0, 1, 0))[:, :, :-1] + atlas  # row r holds row r - 1
         h = F.pad(e, (1, 0, 0, 0))[:, :, :, :-1] + atlas  # column c holds column c - 1
         if self.mirror is not None:
             image = self.mirror(e)
             h = h + image
-            if self.config.mirror == "rows":  # known before the row begins
+            if self.mirror.axis == 2:  # known before the row begins
                 v = v + image
         for layer, condition in zip(self.layers, conditions, strict=True):
             v, h = layer(v, h, condition)
-        return self.head(h)
+        logits = self.head(h)
+        return logits.mT if is_turned else logits
 
     def _conditions(self, n, label, depth):
         """(n,) labels and depths -> the atlas (n, C, h, w), and one (n, 2C, 1, 1) per layer."""
@@ -589,7 +602,7 @@ class GatedPixelCNN(nn.Module):
             depth: float, or (n,), relative position in the volume; -1 or None means any.
             guidance: W of log p(code | label, depth) + W log p(code | label, depth) / p(code), from
                 which codes are drawn ([4]): more than 0 makes a grid more like its label and depth.
-            progress: called with no arguments after each row.
+            progress: called with no arguments after each line, `config.lines[0]` times.
         Returns:
             codes: (n, h, w) int64.
         """
@@ -618,14 +631,15 @@ class GatedPixelCNN(nn.Module):
                 x if x is None else torch.cat([x, torch.full_like(x, -1)]) for x in (label, depth)
             )
         both = codes.flatten(0, 1)  # a view, which sees what is filled in below
-        for i, j, logits in self.logits_in_order(both, label, depth):
+        places = self.logits_in_order(both, label, depth)
+        for count, (i, j, logits) in enumerate(places, 1):
             if guidance:
                 told, untold = logits.log_softmax(1).chunk(2)
                 logits = told + guidance * (told - untold)
             here = codes[0, :, i, j]
             drawn = _choose(logits, uniform[:, i, j], temperature, top_k)
             codes[:, :, i, j] = torch.where(here < 0, drawn, here)
-            if progress is not None and j == columns - 1:
+            if progress is not None and count % self.config.lines[1] == 0:
                 progress()
         return codes[0]
 
@@ -643,7 +657,10 @@ class GatedPixelCNN(nn.Module):
         Yields:
             i, j, logits (n, K).
         """
+        is_turned = self.config.order == "columns"
+        codes = codes.mT if is_turned else codes  # a view, which sees what the caller fills in
         n, rows, columns = codes.shape
+        axis = None if self.mirror is None else self.mirror.axis
         like = {"device": self.atlas.device, "dtype": self.atlas.dtype}
         c, r = self.config.n_channels, self.config.kernel_size // 2
         n_layers = len(self.layers)
@@ -664,7 +681,7 @@ class GatedPixelCNN(nn.Module):
         previous_row = torch.zeros(n, c, columns, **like)
         of_h = atlas.clone()  # the mirror image is added as it becomes known
         for i in range(rows):
-            if self.config.mirror == "rows" and i == rows - rows // 2:
+            if axis == 2 and i == rows - rows // 2:
                 atlas = of_h = atlas + self.mirror(self._known(codes))
             v = previous_row + atlas[:, :, i]  # (n, C, w)
             from_above = []  # per layer, what the horizontal stack adds at each column
@@ -678,7 +695,7 @@ class GatedPixelCNN(nn.Module):
                 v = v + layer.v_out(gate(y + condition))[:, :, 0]
             code_left = torch.zeros(n, c, **like)
             for j in range(columns):
-                if self.config.mirror == "columns" and j == columns - columns // 2:
+                if axis == 3 and j == columns - columns // 2:
                     rows_above = codes[:, max(0, i - Mirror.REACH) : i + 1]
                     of_h[:, :, i] += self.mirror(self._known(rows_above))[:, :, -1]
                 torch.add(code_left, of_h[:, :, i, j], out=place[j][0])
@@ -688,7 +705,8 @@ class GatedPixelCNN(nn.Module):
                     torch.addcmul(a, a, b, out=inner)
                     torch.addmm(place[j][k], gated, outs[k], out=place[j][k + 1])
                 h = F.relu(place[j][-1])
-                yield i, j, F.linear(F.relu(F.linear(h, *hidden)), *last)  # self.head
+                place_in_slice = (j, i) if is_turned else (i, j)
+                yield *place_in_slice, F.linear(F.relu(F.linear(h, *hidden)), *last)  # self.head
                 code_left = self.embedding(codes[:, i, j])
             previous_row = self.embedding(codes[:, i]).transpose(1, 2)
 

@@ -570,17 +570,17 @@ def draw_samples(call, label, data):
     if args.position is not None:
         depths = np.array([args.position], np.float32)
     name = f"generated, no patient; like {utils.data_name(call.config)}"
-    start, rows = time.perf_counter(), prior.config.size[0]
+    start, lines = time.perf_counter(), prior.config.lines[0]
     images = [np.empty((0, *data.size), np.float32)]
     share = utils.share(args.n_samples)
     batches = range(share.start, share.stop, metrics.BATCH)
-    bar = tqdm(total=len(batches) * rows, desc="sampling", unit="row")
+    bar = tqdm(total=len(batches) * lines, desc="sampling", unit="line")
     for first in batches:
         indices = range(first, min(first + metrics.BATCH, share.stop))
         paths = [folder / f"sample_{i:05d}.nii.gz" for i in indices]
         pictures = [path.with_name(path.name.replace("nii.gz", "png")) for path in paths]
         if first >= N_JUDGED and all(path.exists() for path in [*paths, *pictures]):
-            bar.update(rows)
+            bar.update(lines)
             continue
         # one generator a sample: sample i of a seed is the same whatever --n_samples is
         generators = [utils.generator(args.seed, i) for i in indices]

@@ -50,7 +50,8 @@ PRESETS = {
                        loss="l1_ssim", average=0.0, **MODERN),
         ),
         "pixelcnn": dict(
-            model=dict(n_channels=64, n_layers=10, kernel_size=3, dropout=0.1, mirror="auto"),
+            model=dict(n_channels=64, n_layers=10, kernel_size=3, dropout=0.1, mirror="auto",
+                       order="auto"),
             train=dict(n_updates=1400, batch_size=8, learning_rate=4e-3, log_interval=200,
                        average=0.99, **MODERN),
         ),
@@ -64,7 +65,8 @@ PRESETS = {
                        loss="l1_ssim", average=0.0, **MODERN),
         ),
         "pixelcnn": dict(
-            model=dict(n_channels=128, n_layers=15, kernel_size=3, dropout=0.2, mirror="auto"),
+            model=dict(n_channels=128, n_layers=15, kernel_size=3, dropout=0.2, mirror="auto",
+                       order="auto"),
             train=dict(n_updates=30000, batch_size=32, learning_rate=1e-3, log_interval=500,
                        average=0.999, **MODERN),
         ),
@@ -78,7 +80,8 @@ PRESETS = {
                        loss="mse", **CLASSIC),
         ),
         "pixelcnn": dict(
-            model=dict(n_channels=64, n_layers=15, kernel_size=3, dropout=0.0, mirror="none"),
+            model=dict(n_channels=64, n_layers=15, kernel_size=3, dropout=0.0, mirror="none",
+                       order="rows"),
             train=dict(n_updates=5000, batch_size=32, learning_rate=3e-4, log_interval=50,
                        **CLASSIC),
         ),
@@ -153,6 +156,8 @@ def parser():
     add(two, "dropout", "share of activations hidden in training", **real)
     text = "half of the grid also seen flipped, as bodies are even; auto takes the evener axis"
     add(two, "mirror", text, choices=["auto", "none", "rows", "columns"])
+    text = "draw row after row, or column after column; auto lets each cross the middle of the body"
+    add(two, "order", text, choices=["auto", "rows", "columns"])
     runtime = utils.add_runtime_arguments(p)
     runtime.add_argument(
         "--compile", action="store_true", help="compile the network: a slow start, faster updates"
@@ -300,8 +305,9 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
         tuple(torch.from_numpy(x) for x in (codes[s], data[s].labels, data[s].positions))
         for s in ("train", "validate")
     )
-    if settings["model"]["mirror"] == "auto":
-        settings["model"]["mirror"] = auto_mirror(args, run_dir / "pixelcnn", data["train"])
+    for name in ("mirror", "order"):
+        if settings["model"][name] == "auto":
+            settings["model"][name] = auto(name, args, run_dir / "pixelcnn", data["train"])
     model_config = configure(
         PixelCNNConfig,
         {
@@ -340,11 +346,13 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
     fit(args, run_dir / "pixelcnn", config, model, len(train[0]), loss_of, score, best)
 
 
-def auto_mirror(args, directory, split):
-    """What "auto" stands for: what a run that goes on has, else the evener axis."""
+def auto(name, args, directory, split):
+    """What "auto" stands for: what a run that goes on has, else what suits the evener axis."""
     if (directory / "checkpoint.pt").exists() and not args.fresh:
-        return utils.read_config(directory)["model"].get("mirror", "none")
-    return evener_axis(split)
+        of_older_runs = {field.name: field.default for field in fields(PixelCNNConfig)}
+        return utils.read_config(directory)["model"].get(name, of_older_runs[name])
+    axis = evener_axis(split)
+    return axis if name == "mirror" else {"rows": "columns", "columns": "rows"}[axis]
 
 
 def evener_axis(split):

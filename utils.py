@@ -30,7 +30,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-FORMAT_VERSION = 2  # of config.json and checkpoint.pt; 2 has the prior's `mirror`
+FORMAT_VERSION = 3  # of config.json and checkpoint.pt; 2 has the prior's `mirror`, 3 its `order`
 READABLE = range(1, FORMAT_VERSION + 1)
 MOST_PIXELS = 1 << 26  # of a slice: a small file may ask for any number
 STAGES = {  # name of a stage: its configuration and its network

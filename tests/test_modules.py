@@ -245,15 +245,21 @@ def within_reach(i, j, a, b, n_layers, r):
 @pytest.mark.parametrize("size", [(5, 9), (9, 5), (7, 11)])
 @pytest.mark.parametrize("kernel_size", [3, 5])
 @pytest.mark.parametrize("mirror", ["none", "rows", "columns"])
-def test_causality_by_gradients_everywhere(size, kernel_size, mirror):
+@pytest.mark.parametrize("order", ["rows", "columns"])
+def test_causality_by_gradients_everywhere(size, kernel_size, mirror, order):
     """Zero from itself and the future, not from the past in reach: no leak, no blind spot."""
-    model = prior(size=size, n_layers=3, kernel_size=kernel_size, mirror=mirror).double()
+    options = {"kernel_size": kernel_size, "mirror": mirror, "order": order}
+    model = prior(size=size, n_layers=3, **options).double()
+    rows, columns = size
+    if order == "columns":  # from here on all is turned, as if each column were a row
+        rows, columns = columns, rows
+        mirror = {"rows": "columns", "columns": "rows"}.get(mirror)
     # eight inputs, since a ReLU may well hide a way from any one of them
-    embedded = torch.randn(8, *size, 6, dtype=torch.double, requires_grad=True)
+    embedded = torch.randn(8, rows, columns, 6, dtype=torch.double, requires_grad=True)
     model.embedding = torch.nn.Module()
     model.embedding.forward = lambda codes: embedded
     logits = model(torch.zeros(8, *size, dtype=torch.long))
-    rows, columns = size
+    logits = logits.mT if order == "columns" else logits
 
     def is_near_image(i, j, a, b):
         if mirror == "rows" and i >= rows - rows // 2:
@@ -262,10 +268,10 @@ def test_causality_by_gradients_everywhere(size, kernel_size, mirror):
             return b < columns // 2 and i - 3 <= a <= i and abs(b - (columns - 1 - j)) <= 3
         return False
 
-    for i, j in np.ndindex(*size):
+    for i, j in np.ndindex(rows, columns):
         (grad,) = torch.autograd.grad(logits[:, :, i, j].sum(), embedded, retain_graph=True)
         seen = grad.abs().sum((0, -1)) > 0
-        for a, b in np.ndindex(*size):
+        for a, b in np.ndindex(rows, columns):
             if (a, b) >= (i, j):
                 assert not seen[a, b], f"{(i, j)} sees {(a, b)}"
             elif within_reach(i, j, a, b, 3, kernel_size // 2) or is_near_image(i, j, a, b):
@@ -275,19 +281,26 @@ def test_causality_by_gradients_everywhere(size, kernel_size, mirror):
 @pytest.mark.parametrize("kernel_size", [3, 5])
 @pytest.mark.parametrize("size", [(5, 9), (9, 5), (7, 11), (1, 6), (6, 1)])
 @pytest.mark.parametrize("mirror", ["none", "rows", "columns"])
-def test_cached_logits_equal_the_full_pass(size, kernel_size, mirror):
-    model = prior(size=size, n_classes=3, kernel_size=kernel_size, mirror=mirror)
+@pytest.mark.parametrize("order", ["rows", "columns"])
+def test_cached_logits_equal_the_full_pass(size, kernel_size, mirror, order):
+    options = {"kernel_size": kernel_size, "mirror": mirror, "order": order}
+    model = prior(size=size, n_classes=3, **options)
     codes = torch.randint(7, (4, *size))
     label, depth = torch.tensor([0, 2, -1, 1]), torch.tensor([0.3, -1, 1, 0])
     full, known = model(codes, label, depth), torch.full_like(codes, -1)
+    places = []
     for i, j, logits in model.logits_in_order(known, label, depth):
         torch.testing.assert_close(logits, full[:, :, i, j], rtol=0, atol=1e-4)
         known[:, i, j] = codes[:, i, j]
+        places.append((i, j))
+    of_lines = places if order == "rows" else [(j, i) for i, j in places]
+    assert of_lines == list(np.ndindex(*model.config.lines))
 
 
 @pytest.mark.parametrize("mirror", ["none", "rows", "columns"])
-def test_probabilities_of_all_grids_sum_to_one(mirror):
-    model = prior(k=2, size=(2, 3), mirror=mirror).double()
+@pytest.mark.parametrize("order", ["rows", "columns"])
+def test_probabilities_of_all_grids_sum_to_one(mirror, order):
+    model = prior(k=2, size=(2, 3), mirror=mirror, order=order).double()
     grids = torch.tensor(list(itertools.product([0, 1], repeat=6))).view(-1, 2, 3)
     log_p = -F.cross_entropy(model(grids), grids, reduction="none").sum((1, 2))
     assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-9)
@@ -305,13 +318,15 @@ def test_probabilities_of_all_grids_sum_to_one(mirror):
         {"each its own generator": True},
         {"mirror": "rows"},
         {"mirror": "columns"},
+        {"mirror": "rows", "order": "columns"},
     ],
     ids=str,
 )
 def test_sampled_frequencies_match_the_exact_distribution(options):
     options, n = options.copy(), 20000
     k = 2 if "top_k" not in options else 3
-    model = prior(k=k, size=(2, 3), n_classes=2, mirror=options.pop("mirror", "none"))
+    kind = {name: options.pop(name) for name in ("mirror", "order") if name in options}
+    model = prior(k=k, size=(2, 3), n_classes=2, **kind)
     grids = torch.tensor(list(itertools.product(range(k), repeat=6))).view(-1, 2, 3)
     known = [
         torch.full((len(grids),), options[name]) if name in options else None
@@ -345,15 +360,16 @@ def test_sampled_frequencies_match_the_exact_distribution(options):
     assert chi2 < freedom + 4 * math.sqrt(2 * freedom)
 
 
-def test_the_same_seed_draws_the_same_and_temperature_zero_is_deterministic():
-    model = prior()
+@pytest.mark.parametrize("order", ["rows", "columns"])
+def test_the_same_seed_draws_the_same_and_temperature_zero_is_deterministic(order):
+    model = prior(order=order)
     a, b = (model.sample(3, generator=torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(a, b)
     assert torch.equal(model.sample(3, temperature=0), model.sample(3, temperature=0))
-    rows = []
-    codes = model.sample(2, temperature=0, progress=lambda: rows.append(1))
+    lines = []
+    codes = model.sample(2, temperature=0, progress=lambda: lines.append(1))
     assert torch.equal(model(codes).argmax(1), codes)
-    assert len(rows) == model.config.size[0]
+    assert len(lines) == {"rows": 5, "columns": 9}[order]
     hardly_warm = model.sample(2, temperature=1e-30)
     assert torch.equal(hardly_warm, codes)
 
@@ -367,9 +383,10 @@ def test_a_grid_with_a_generator_of_its_own_does_not_depend_on_the_batch():
 
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 @pytest.mark.parametrize("mirror", ["none", "rows", "columns"])
-def test_given_codes_are_kept_and_seen(guidance, mirror):
+@pytest.mark.parametrize("order", ["rows", "columns"])
+def test_given_codes_are_kept_and_seen(guidance, mirror, order):
     """Whether the hidden ones come last or lie in the middle."""
-    model = prior(k=5, n_classes=3, mirror=mirror)
+    model = prior(k=5, n_classes=3, mirror=mirror, order=order)
     label, depth = torch.tensor([0, 1, 2]), torch.rand(3)
     for hidden in (np.s_[:, 2:], np.s_[:, 1:3, 2:6]):
         given = torch.randint(5, (3, 5, 9))

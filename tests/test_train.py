@@ -1,6 +1,7 @@
 """Training: the order of the data, and runs that are stopped and go on."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import time
 import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,12 +41,16 @@ def test_every_slice_is_seen_once_an_epoch_in_an_order_of_the_seed():
     assert not np.array_equal(seen, other)
 
 
-def test_the_evener_axis_is_the_one_along_which_slices_are_symmetric(data):
+def test_the_evener_axis_is_the_one_along_which_slices_are_symmetric(data, tmp_path):
     """Left and right are the rows of HipMRI's slices, and the columns of those slices turned."""
     split = dataset.load(data, progress=False)["train"]
-    assert train.evener_axis(split) == "rows"
     turned = np.ascontiguousarray(split.images.transpose(0, 2, 1))
-    assert train.evener_axis(dataclasses.replace(split, images=turned)) == "columns"
+    turned = dataclasses.replace(split, images=turned)
+    assert [train.evener_axis(s) for s in (split, turned)] == ["rows", "columns"]
+    # and each line that is drawn crosses the middle
+    choose = functools.partial(train.auto, args=SimpleNamespace(fresh=False), directory=tmp_path)
+    found = [[choose(name, split=s) for name in ("mirror", "order")] for s in (split, turned)]
+    assert found == [["rows", "columns"], ["columns", "rows"]]
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -419,16 +425,19 @@ def test_a_run_in_a_folder_that_is_a_link_can_start_over(data, tmp_path):
     assert "finished" in out
 
 
-def test_a_prior_from_before_there_were_mirrors_goes_on(data, run_dir, tmp_path):
+def test_a_prior_from_before_there_were_mirrors_and_orders_goes_on(data, run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "run")
     command = f"train.py --mode pixelcnn --run_dir {tmp_path / 'run'} {SMALL_PRIOR}"
-    call(f"{command} --mirror none --fresh")
+    call(f"{command} --mirror none --order rows --fresh")
     path = tmp_path / "run" / "pixelcnn" / "config.json"
     config = json.loads(path.read_text())
     assert config["model"].pop("mirror") == "none"
+    assert config["model"].pop("order") == "rows"
     path.write_text(json.dumps(config))
     _, err = call(f"{command} --n_updates 6 --mirror rows", code=2)
     assert "holds a run with mirror none, not rows" in err
+    _, err = call(f"{command} --n_updates 6 --order columns", code=2)
+    assert "holds a run with order rows, not columns" in err
     call(f"{command} --n_updates 6")
 
 
