@@ -285,7 +285,7 @@ def load_alone(path, size, label=None, position=-1.0) -> SliceData:
         root = path
         files, bad, _ = _walk(path, "--input")
         names = [os.path.join(folder, name).lstrip("/") for folder, name, *_ in files]
-    images, slices, unknown = [], [], []
+    images, slices, unknown, sizes = [], [], [], Counter()
     for name in names:
         if (plain := _plain(name)) != name:
             bad[plain] = NOT_UTF8
@@ -299,7 +299,9 @@ def load_alone(path, size, label=None, position=-1.0) -> SliceData:
             bad[name] = found
             continue
         shift, scale, *_ = _window(found)
-        image = _fit((found[0] - shift) * np.float32(1 / scale), found[0].shape, size)
+        shape = found[0].shape
+        sizes[shape] += 1
+        image = _fit((found[0] - shift) * np.float32(1 / scale), shape, size)
         images.append(np.rint(image.clip(0, 1) * 65535).astype(np.uint16))
         slices.append(Slice(f"{root}/{name}", "input", patient, volume, label, position, 0))
     if bad:
@@ -312,8 +314,9 @@ def load_alone(path, size, label=None, position=-1.0) -> SliceData:
     fingerprint = hashlib.sha256(split.images.tobytes()).hexdigest()[:32]
     counts = {"input": {"slices": n, "patients": len(set(patients))}}
     report = {"splits": counts, "split_origin": "not needed"}
-    report |= {"cropped": 0, "padded": 0, "shrunk": 0, "unreadable": 0}
-    report |= {"patients_separable": n == 1 or not unknown}
+    report |= _fitted(sizes, {shape: _placed(shape, shape, size)[0] for shape in sizes}, size)
+    report |= {"unreadable": 0, "patients_separable": n == 1 or not unknown}
+    report |= {"intensity_rule": f"{PERCENTILE}th percentile of each slice"}
     return SliceData(
         path.name, False, "single slices", tuple(size), [], report, fingerprint, np.eye(4),
         (1.0, 1.0, 1.0), 1.0, 0.0, {"input": split}, None, {},
@@ -809,6 +812,17 @@ def _placed(shape, common, size):
     return small, [int((have - want) / 2) for have, want in zip(small, size, strict=True)]
 
 
+def _fitted(sizes, shrunk, size):
+    """What a report says of sizes: a Counter of them, what each was shrunk to, what all became."""
+    return {
+        "size": list(size),
+        "sizes": {f"{h} x {w}": n for (h, w), n in sizes.most_common()},
+        "shrunk": sum(n for s, n in sizes.items() if shrunk[s] != s),
+        "cropped": sum(n for s, n in sizes.items() if (np.array(shrunk[s]) > size).any()),
+        "padded": sum(n for s, n in sizes.items() if (np.array(shrunk[s]) < size).any()),
+    }
+
+
 def _fit(image, common, size):
     """Shrink isotropically, then crop or zero-pad around the centre to size (H, W)."""
     (h, w), (top, left) = _placed(image.shape, common, size)
@@ -983,11 +997,7 @@ def _index(root, rows, groups, images, windows, common, size):
         "fingerprint": hashlib.sha256(json.dumps([size, stamps]).encode()).hexdigest()[:32],
         "report": {
             "splits": splits,
-            "size": size,
-            "sizes": {f"{h} x {w}": n for (h, w), n in sizes.most_common()},
-            "shrunk": sum(n for s, n in sizes.items() if placed[s][0] != s),
-            "cropped": sum(n for s, n in sizes.items() if (np.array(placed[s][0]) > size).any()),
-            "padded": sum(n for s, n in sizes.items() if (np.array(placed[s][0]) < size).any()),
+            **_fitted(sizes, {s: placed[s][0] for s in sizes}, size),
             "volumes_cut": len(cut),
             "intensity_rule": f"(raw - shift) / scale clipped to [0, 1]; scale: {PERCENTILE}th "
             "percentile of the volume within its split, or of the slice where no volume is known",

@@ -390,6 +390,8 @@ class PixelCNNConfig:
             raise ValueError(f"mirror must be 'none', 'rows' or 'columns', not {self.mirror!r}")
         if self.order not in ("rows", "columns"):
             raise ValueError(f"order must be 'rows' or 'columns', not {self.order!r}")
+        if self.n_layers < 1:
+            raise ValueError(f"n_layers must be at least 1, not {self.n_layers}")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
         if not 0 <= self.dropout < 1:
@@ -571,7 +573,7 @@ class GatedPixelCNN(nn.Module):
         """(n,) labels and depths -> the atlas (n, C, h, w), and one (n, 2C, 1, 1) per layer."""
         any_of_n = torch.full((n,), -1, device=self.atlas.device)
         label, depth = (any_of_n if x is None else x for x in (label, depth))
-        is_wrong = (depth > 1) | ((depth < 0) & (depth != -1))
+        is_wrong = ~((depth >= 0) & (depth <= 1) | (depth == -1))  # NaN too
         if label.min() < -1 or label.max() >= self.config.n_classes or is_wrong.any():
             raise ValueError(f"labels are below {self.config.n_classes} and depths in [0, 1]")
         last = self.config.n_depths - 1
@@ -596,7 +598,9 @@ class GatedPixelCNN(nn.Module):
             label: int, or (n,) int64 in [0, n_classes); -1 or None means any.
             temperature: logits are divided by it; 0 takes the likeliest code.
             top_k: draw among the k likeliest codes only.
-            given: (n, h, w) int64; codes >= 0 are kept as they are, -1 are drawn.
+            given: (n, h, w) int64; codes >= 0 are kept as they are, -1 are drawn, each from what
+                precedes it: exact where all lines after some code are to be drawn, else blind to
+                what is given further on.
             generator: torch.Generator on the CPU, or a list of n of them, one for each grid, which
                 makes a grid independent of the batch it is drawn in.
             depth: float, or (n,), relative position in the volume; -1 or None means any.
@@ -744,7 +748,7 @@ def _uniform(size, n, generator):
 
 def _choose(logits, uniform, temperature, top_k):
     """(n, K) logits, (n,) uniform numbers -> (n,) codes: inverts the cumulative distribution."""
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(1)
     logits = logits.float()
     logits = (logits - logits.amax(1, keepdim=True)) / temperature  # finite however cold

@@ -37,7 +37,7 @@ def _save(figure, path, config, text):
 
 
 def _write(figure, path):
-    utils.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+    utils.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=160, format="png"))
     plt.close(figure)
 
 
@@ -78,7 +78,7 @@ def curves(log, path, config):
     _save(figure, path, config, f"training of the {config['stage']}")
 
 
-def _panels(rows, columns, size, width=1.6):
+def _panels(rows, columns, size, width=1.15):
     """Axes without ticks for images of `size` (H, W), each `width` inches wide."""
     height = width * size[0] / size[1]
     figure, axes = plt.subplots(
@@ -104,7 +104,7 @@ def reconstructions(x, x_hat, titles, path, config, protocol):
     for axis, text in zip(axes[:, 0], ("slice", "reconstruction", "difference"), strict=True):
         axis.set_ylabel(text)
     figure.colorbar(shown, ax=axes[2], label="reconstruction - slice", fraction=0.05, aspect=12)
-    text = f"reconstructions of the {protocol['split']} split, from worst to best"
+    text = f"reconstructions of the {protocol['split']} split"
     _save(figure, path, config, text)
 
 
@@ -135,7 +135,7 @@ def codes(x, maps, codebook, path, config):
 def samples(images, path, config, note):
     """A grid of generated slices (N, H, W) in [0, 1]; `note` says how they were drawn."""
     columns = min(8, len(images))
-    figure, axes = _panels(-(-len(images) // columns), columns, images.shape[1:], width=1.1)
+    figure, axes = _panels(-(-len(images) // columns), columns, images.shape[1:], width=0.95)
     for axis in axes.flat[len(images) :]:
         axis.set_axis_off()
     for axis, image in zip(axes.flat, images, strict=False):
@@ -171,7 +171,7 @@ def completions(whole, hidden, drawn, path, config, note):
     whole: (N, H, W) reconstructions; hidden: (N, H, W) bool; drawn: (N, M, H, W).
     """
     n, m = drawn.shape[:2]
-    figure, axes = _panels(n, m + 2, whole.shape[1:], width=1.3)
+    figure, axes = _panels(n, m + 2, whole.shape[1:])
     for i in range(n):
         axes[i, 0].imshow(whole[i], cmap="gray", vmin=0, vmax=1)
         axes[i, 1].imshow(np.where(hidden[i], 0.5, whole[i]), cmap="gray", vmin=0, vmax=1)
@@ -184,14 +184,17 @@ def completions(whole, hidden, drawn, path, config, note):
     _save(figure, path, config, f"completions ({note})")
 
 
-def nearest(images, neighbours, ssim, numbers, path, config):
-    """Samples above the training slices most like them (N, H, W), and what differs."""
+def nearest(images, neighbours, titles, path, config):
+    """Samples above the training slices most like them (N, H, W), and what differs.
+
+    titles: N pairs, of the sample and of its neighbour.
+    """
     figure, axes = _panels(3, len(images), images.shape[1:])
     for i in range(len(images)):
         axes[0, i].imshow(images[i], cmap="gray", vmin=0, vmax=1)
-        axes[0, i].set_title(f"sample {numbers[i]}", fontsize=9)
+        axes[0, i].set_title(titles[i][0], fontsize=9)
         axes[1, i].imshow(neighbours[i], cmap="gray", vmin=0, vmax=1)
-        axes[1, i].set_title(f"SSIM {ssim[i]:.3f}", fontsize=9)
+        axes[1, i].set_title(titles[i][1], fontsize=8)
         difference = images[i] - neighbours[i]
         shown = axes[2, i].imshow(difference, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
     for axis, text in zip(axes[:, 0], ("sample", "training slice", "difference"), strict=True):
@@ -233,7 +236,7 @@ def usage(counts, path, config):
 def interpolations(images, path, config):
     """Images (N, n, H, W) on the way from one slice's codes to another's, a row each."""
     rows, columns = images.shape[:2]
-    figure, axes = _panels(rows, columns, images.shape[2:], width=1.3)
+    figure, axes = _panels(rows, columns, images.shape[2:])
     for row, of_row in zip(axes, images, strict=True):
         for j, (axis, image) in enumerate(zip(row, of_row, strict=True)):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1)
@@ -310,15 +313,25 @@ def report(result, config, out, run_dir):
     """
     name = html.escape(utils.data_name(config))
     parts = [f"<h1>Reconstructions and samples: {name}</h1>"]
-    if config["data"]["is_phantom"]:
-        text = "PHANTOM: synthetic slices; nothing here is of a patient."
-        parts.append(f'<p class="phantom">{text}</p>')
-    who = "bodies" if config["data"]["is_phantom"] else "patients"
-    splits = {
-        split: f"{n['slices']} slices of {n['patients']} {who}"
-        for split, n in result["data"]["report"]["splits"].items()
-    }
-    parts += ["<h2>Data</h2>", _table(splits | {"scored": result["protocol"]["split"]})]
+    scored, learned = config["data"], utils.load_config(run_dir, "vq_vae")["data"]
+    if scored["is_phantom"] or learned["is_phantom"]:
+        text = "nothing here is of a patient"
+        if not learned["is_phantom"]:
+            text = "what is scored; the training slices and the samples are not"
+        elif not scored["is_phantom"]:
+            text = "what the run learned from, and its samples; what is scored is not"
+        parts.append(f'<p class="phantom">PHANTOM (synthetic slices): {text}.</p>')
+    about = result["data"]["report"]
+    who = "bodies" if scored["is_phantom"] else "patients"
+    if not about["patients_separable"]:
+        who = "files, whose patients cannot be told apart"
+    rows = {split: f"{n['slices']} slices of {n['patients']} {who}"
+            for split, n in about["splits"].items()}  # fmt: skip
+    rows |= {"scored": result["protocol"]["split"], "pixels": " x ".join(map(str, about["size"]))}
+    names = ("split_origin", "intensity_rule", "shrunk", "cropped", "padded", "unreadable")
+    rows |= {name: about[name] for name in (*names, "warnings") if about.get(name)}
+    rows["learned from"] = utils.data_name({"data": learned})
+    parts += ["<h2>Data</h2>", _table(rows)]
     r = result["reconstruction"]
     names = [key.removesuffix("_mean") for key in r if key.endswith("_mean")]
     kinds = {"mean": "mean", "std": "standard deviation", "ci95": "95 % interval"}

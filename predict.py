@@ -32,11 +32,12 @@ import utils
 from modules import VQVAE, GatedPixelCNN
 from utils import UserError
 
-N_SHOWN = 8  # slices in most figures
-N_RANKED = 9  # slices in the figure of reconstructions: worst, best, and those between
+N_SHOWN = 6  # slices in most figures
+N_RANKED = 7  # slices in the figure of reconstructions: worst, best, and those between
 N_PACKED = 32  # slices packed by other codecs
 N_JUDGED = 512  # samples at most that are compared with real slices
-WRITTEN = ["metrics.json", "report.html", "per_slice.csv", "surprise/[0-9]*_*.nii.gz"]
+WRITTEN = ["metrics.json", "report.html", "per_slice.csv", "nearest.csv"]
+WRITTEN += ["surprise/[0-9]*_*.nii.gz"]
 WRITTEN += [f"{name}.png" for name in plots.CAPTIONS]
 SAMPLE = re.compile(r"sample_\d{5,}\.(nii\.gz|png)")
 UNFINISHED = ".unfinished"  # folder for what a call has written until it is done
@@ -64,8 +65,9 @@ PROTOCOL = {
     "reconstructions, as many as judged and 64 at least",
     "two_sample_accuracy": "4 folds, by patient; a network of four strided convolutions on the "
     "slice and what a 3 x 3 mean takes away, "
-    f"{metrics.JUDGE_UPDATES} updates on crops of {metrics.CROP}; Wilson's interval, widened to "
-    "that of a bootstrap over patients and samples",
+    f"{metrics.JUDGE_UPDATES} updates and one for each slice it learns from, on crops of "
+    f"{metrics.CROP}, as many of each kind; Wilson's interval, widened to that of a bootstrap over "
+    "patients and samples",
 }
 
 
@@ -95,13 +97,13 @@ def parser():
         "--temperature",
         type=utils.at_least(0.0, float),
         metavar="T",
-        default=0.9,
+        default=0.75,
         help="1 draws from the prior as learned; less gives likelier, less varied slices",
     )
     sample.add_argument(
-        "--guidance", type=utils.at_least(0.0, float), metavar="W", default=0,
-        help="how much more a slice shall look like its position and label: 0 draws as learned, "
-        "more than 1 may tear slices",
+        "--guidance", type=utils.at_least(0.0, float), metavar="W", default=0.5,
+        help="how much more a slice shall look like its position and label: 0 draws as learned, in "
+        "half the time; more than 1 may tear slices",
     )
     sample.add_argument(
         "--top_k", type=utils.at_least(1), metavar="K", help="draw among the K likeliest codes only"
@@ -153,8 +155,7 @@ def predict(args, device, held):
     config = utils.load_config(run_dir, "vq_vae")
     vq_vae = utils.load_model(run_dir, "vq_vae", device)
     prior = load_prior(run_dir, vq_vae, device)
-    weights = hash(tuple(int(model.file_hash, 16) for model in (vq_vae, prior) if model))
-    if len(set(utils.gathered(torch.tensor([weights])).tolist())) > 1:
+    if not utils.is_agreed([model.file_hash for model in (vq_vae, prior) if model]):
         raise UserError(f"{run_dir}: other weights were saved meanwhile; start again")
     label = pick_label(args.label, config["data"]["classes"])
     if args.input:
@@ -391,9 +392,9 @@ def draw_reconstructions(call, ssim, codes):
     x = split.batch(shown)[:, 0].numpy()
     titles = [f"SSIM {ssim[i]:.3f}" for i in shown]
     if n > 1:
-        titles[0], titles[-1] = f"worst, {titles[0]}", f"best, {titles[-1]}"
+        titles[0], titles[-1] = f"worst\n{titles[0]}", f"best\n{titles[-1]}"
     if len(ranks) % 2 and n > 2:
-        titles[len(ranks) // 2] = f"median, {titles[len(ranks) // 2]}"
+        titles[len(ranks) // 2] = f"median\n{titles[len(ranks) // 2]}"
     again = metrics.through(vq_vae, x, call.device)
     path, protocol = out / "reconstructions.png", call.result["protocol"]
     plots.reconstructions(x, again, titles, path, config, protocol)
@@ -425,13 +426,23 @@ def interpolate(vq_vae, codes, device, n=7):
 
 def write_rows(path, split, rows):
     """per_slice.csv: where each slice comes from, and its figures."""
-    text = io.StringIO()
+    pairs = zip(split.slices, rows, strict=True)
+    write_csv(path, [{"index": i, **origin(item), **row} for i, (item, row) in enumerate(pairs)])
+
+
+def origin(item):
+    """Where a slice comes from, for a file of comma-separated values."""
     names = ["patient", "volume", "position", "label"]
-    writer = csv.DictWriter(text, ["index", "file", *names, *rows[0]])
+    known = {name: getattr(item, name) for name in names}
+    known["position"] = "" if item.position < 0 else item.position
+    return {"file": Path(item.path).name, **known}
+
+
+def write_csv(path, rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
-    for i, (item, row) in enumerate(zip(split.slices, rows, strict=True)):
-        origin = {name: getattr(item, name) for name in names}
-        writer.writerow({"index": i, "file": Path(item.path).name, **origin, **row})
+    writer.writerows(rows)
     utils.write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
 
 
@@ -559,6 +570,12 @@ def draw_samples(call, label, data):
         return False
 
     folder = out.parent / "samples"
+    n_others = sum(path.suffix == ".png" for path in samples_in(folder))
+    if not is_alike(folder) and n_others > max(args.n_samples, N_JUDGED):
+        raise UserError(
+            f"{folder}: holds {n_others} samples of other settings, which this call would replace; "
+            "give another --out, or delete them"
+        )
     folder = folder if is_alike(folder) else out / "samples"
     if utils.processes()[0] == 0:
         remove(folder, [".*.tmp"])  # of a process that was killed
@@ -650,10 +667,14 @@ def judge_samples(call, images, learned):
         "copies": [int(i) for i in np.flatnonzero(ssim >= limit)],
         "copies_among_real": int((of_real >= limit).sum()),
     }
+    pairs = zip(nearest, ssim, strict=True)
+    rows = [{"sample": i, "ssim": float(s), **origin(learned.slices[k])}
+            for i, (k, s) in enumerate(pairs)]  # fmt: skip
+    write_csv(call.out / "nearest.csv", rows)
     order = np.argsort(-ssim)[:N_SHOWN]
     neighbours = learned.batch(nearest[order])[:, 0].numpy()
-    path = call.out / "nearest.png"
-    plots.nearest(images[order], neighbours, ssim[order], order, path, call.config)
+    titles = [(f"sample {i}", f"SSIM {ssim[i]:.3f}\n{rows[i]['patient'][-12:]}") for i in order]
+    plots.nearest(images[order], neighbours, titles, call.out / "nearest.png", call.config)
     if n < 8:
         print(
             "note: copies are looked for, but samples are judged further only where there are 8 of "
@@ -661,6 +682,15 @@ def judge_samples(call, images, learned):
             file=sys.stderr,
         )
         return
+    if n < min(call.args.n_samples, N_JUDGED):
+        few = min((len(split), f"the {call.args.split} split"), (len(learned), "training"))
+        print(f"note: {n} samples are judged, as {few[1]} has no more slices", file=sys.stderr)
+    if call.args.label or call.args.position is not None:
+        print(
+            "note: samples of one label or position are judged against slices of all, so that "
+            "recall and variety say less",
+            file=sys.stderr,
+        )
 
     again = {name: metrics.through(vq_vae, x, device) for name, x in real.items()}
     seen = {"samples": made, "real": train, "reconstructions": again["held"]}
@@ -740,7 +770,7 @@ def summarise(result, out, data, split):
                 line = f"best match in {split} {match['samples']:.3f} {real}; {line}"
                 if told:
                     share = 100 * told["samples"]
-                    line += f"; told from real ones {share:.0f} % of the time (50 is chance)"
+                    line += f"; told from reconstructions {share:.0f} % of the time (50: chance)"
             print(f"{'':15s}{line}")
     else:
         why = "--input" if split == "input" else "--n_samples 0" if p else "no prior"

@@ -18,7 +18,6 @@ import re
 import shutil
 import sys
 import zipfile
-from dataclasses import fields
 from pathlib import Path
 from signal import SIGTERM
 
@@ -87,6 +86,7 @@ PRESETS = {
         ),
     },
 }
+UNSHARED = "{}: not the same on all machines; choose a disk they share"
 HIDDEN = 0.05  # chance each that label, depth, or both are hidden: one prior also learns "any"
 PICKLED = re.compile(r"torch\._utils _rebuild_tensor_v2|torch \w+Storage|collections OrderedDict")
 MAY_CHANGE = {"n_updates", "log_interval", "patience", "learning_rate"}  # in a run that goes on
@@ -349,8 +349,7 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
 def auto(name, args, directory, split):
     """What "auto" stands for: what a run that goes on has, else what suits the evener axis."""
     if (directory / "checkpoint.pt").exists() and not args.fresh:
-        of_older_runs = {field.name: field.default for field in fields(PixelCNNConfig)}
-        return utils.read_config(directory)["model"].get(name, of_older_runs[name])
+        return utils.read_config(directory)["model"][name]
     axis = evener_axis(split)
     return axis if name == "mirror" else {"rows": "columns", "columns": "rows"}[axis]
 
@@ -358,12 +357,12 @@ def auto(name, args, directory, split):
 def evener_axis(split):
     """"rows" or "columns", in which slices are more like their mirror images; blurred, and some."""
     some = np.unique(np.linspace(0, len(split) - 1, 256).round().astype(int))
-    x = split.batch(some)
-    patch = [max(1, n // 16) for n in x.shape[2:]]
-    apart = {
-        name: F.avg_pool2d(x - x.flip(axis), patch).abs().mean()
-        for name, axis in (("rows", 2), ("columns", 3))
-    }
+    apart = {"rows": 0.0, "columns": 0.0}
+    for i in some:
+        x = split.batch([i])
+        patch = [max(1, n // 16) for n in x.shape[2:]]
+        for axis, name in enumerate(apart, 2):
+            apart[name] += F.avg_pool2d(x - x.flip(axis), patch).abs().sum().item()
     return min(apart, key=apart.get)
 
 
@@ -382,6 +381,8 @@ def configure(kind, values):
 
 def as_trained(model, args, device):
     """The network as the training calls it: compiled, its gradients averaged over processes."""
+    if not utils.is_agreed(utils.architecture(model.config)):
+        raise UserError(UNSHARED.format(args.run_dir))
     if utils.processes()[1] > 1:
         model = DistributedDataParallel(
             model,
@@ -448,8 +449,8 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     utils.wait_for_all()
     running = []  # losses since the last validation
     log = resume(directory, config, model, averaged, optimizer, state, running)
-    if len(set(utils.gathered(torch.tensor([state["update"]])).tolist())) > 1:
-        raise UserError(f"{directory}: not the same on all machines; choose a disk they share")
+    if not utils.is_agreed(state["update"]):
+        raise UserError(UNSHARED.format(directory))
     if is_done(log, state, options):
         value = "none" if state["best"] is None else f"{state['best']:.4f}"
         print(
@@ -645,13 +646,12 @@ def resume(directory, config, model, averaged, optimizer, state, running):
         )
     now, before = config["processes"], stored.get("processes", 1)
     batch_sizes = [c["train"]["batch_size"] for c in (config, stored)]
-    then = {field.name: field.default for field in fields(type(averaged.config))}  # of older runs
     may_change = MAY_CHANGE | ({"batch_size"} if now != before else set())
     for part in ("model", "train", "data"):
         for name in config[part]:
             if name in may_change or (part == "data" and name != "fingerprint"):
                 continue
-            old, new = stored[part].get(name, then.get(name)), config[part][name]
+            old, new = stored[part].get(name), config[part][name]
             if old != new:
                 if name == "fingerprint":
                     name, old, new = "data", _named(stored["data"]), _named(config["data"])

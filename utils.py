@@ -12,7 +12,8 @@ import platform
 import signal
 import sys
 import threading
-from dataclasses import asdict, fields
+import zlib
+from dataclasses import MISSING, asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -406,9 +407,15 @@ def mean_of_all(values):
     return (total / n_processes).tolist()
 
 
+def is_agreed(value):
+    """Whether all processes have the same value, of what JSON can hold."""
+    number = zlib.crc32(json.dumps(value, sort_keys=True).encode())
+    return len(set(gathered(torch.tensor([number])).tolist())) == 1
+
+
 def versions():
     """Versions of what a number may depend on."""
-    packages = ("torch", "numpy", "scikit-image", "nibabel")
+    packages = ("torch", "numpy", "scikit-image", "scipy", "nibabel", "pillow")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
@@ -482,12 +489,17 @@ def load_config(run_dir, stage):
 
 
 def read_config(directory):
-    """The config.json of a stage's directory; a UserError if it is not as this code writes it."""
+    """The config.json of a stage's directory; a UserError if it is not as this code writes it.
+
+    What a run has no word for, since it is older, is as the default of its model says.
+    """
     path = directory / "config.json"
     config = read_json(path)
     check_format(path, config.get("format_version") if isinstance(config, dict) else None)
     if not _is_ours(config) or config.get("stage") != directory.name:
         raise UserError(f"{path}: not as this code writes it; train this stage again with --fresh")
+    older = {f.name: f.default for f in fields(STAGES[directory.name][0])}
+    config["model"] = {k: v for k, v in older.items() if v is not MISSING} | config["model"]
     return config
 
 

@@ -192,7 +192,7 @@ def draw(shown, data, name):
         column[0].set_title(title, fontsize=9)
         for axis, image in zip(column, images, strict=True):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axis.set_axis_off()
+            axis.set(xticks=[], yticks=[])
     figure.suptitle(f"{data.name}: test slices", fontsize=9)
     figure.savefig(harness.ROOT / "figures" / f"{name}.png", dpi=100)
 

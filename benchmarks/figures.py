@@ -92,9 +92,9 @@ def architecture(vq_vae, prior, size, path):
     decoder, _ = passed(vq_vae.decoder, z_q)
     k, c = prior.config.kernel_size, prior.config.n_channels
     n_layers = prior.config.n_layers
-    h, w = prior.config.size
-    grid = f"{h} x {w}"
-    left = " a\ncode left" if prior.mirror is None else " left, + mirror image"
+    grid, lines = (" x ".join(map(str, n)) for n in (prior.config.size, prior.config.lines))
+    first = "embeddings\nof the codes" + ("" if grid == lines else ",\nturned")
+    before = "a code before" + (",\n+ mirror image" if prior.mirror else "")
     rows = [
         ("encoder", [("slice", f"1 x {size[0]} x {size[1]}"), *encoder], "#cfe3f5"),
         ("vector quantiser", [
@@ -103,15 +103,15 @@ def architecture(vq_vae, prior, size, path):
         ], "#f7e3b5"),
         ("decoder", [("vectors of\nthe codes", f"{z.shape[1]} x {grid}"), *decoder], "#d5efd2"),
         ("prior, vertical", [
-            ("codes", grid),
-            ("embeddings a\nrow up, + atlas", f"{c} x {grid}"),
-            (f"{n_layers} x: {k // 2 + 1} x {k}\nconv, gate", f"{c} x {grid}"),
+            (first, f"{c} x {lines}"),
+            ("a line before,\n+ atlas", f"{c} x {lines}"),
+            (f"{n_layers} x: {k // 2 + 1} x {k}\nconv, gate", f"{c} x {lines}"),
         ], "#ecd6ee"),
         ("prior, horizontal", [
-            ("codes", grid),
-            (f"embeddings{left}, + atlas", f"{c} x {grid}"),
-            (f"{n_layers} x: 1 x {k // 2 + 1} conv,\n+ vertical, gate", f"{c} x {grid}"),
-            ("2 conv 1 x 1", f"{prior.config.n_embeddings} x {grid}"),
+            (first, f"{c} x {lines}"),
+            (f"{before},\n+ atlas", f"{c} x {lines}"),
+            (f"{n_layers} x: 1 x {k // 2 + 1} conv,\n+ vertical, gate", f"{c} x {lines}"),
+            ("2 conv 1 x 1", f"{prior.config.n_embeddings} x {lines}"),
             ("p(code | codes\nbefore it)", f"{prior.config.n_embeddings} x {grid}"),
         ], "#ecd6ee"),
     ]  # fmt: skip
@@ -144,7 +144,7 @@ def masked_stack(n_layers, size):
 
 
 def seen(y, x, place):
-    """Size of the gradient of y at a place with respect to each place of x: (h, w)."""
+    """Size of the gradient of y at a place with respect to each place of x: the shape of x."""
     y[0, :, place[0], place[1]].square().sum().backward()
     return x.grad.abs().sum(1)[0]
 
@@ -152,7 +152,8 @@ def seen(y, x, place):
 def receptive_field(prior, codes, path):
     """Gradients of the logits at one place, mean over slices; codes: (N, h, w) of real ones."""
     h, w = prior.config.size
-    place = (2 * h // 3, w // 2)
+    place = (2 * h // 3, 2 * w // 3)
+    is_turned = prior.config.order == "columns"
     kept = []
 
     def keep(module, args, output):
@@ -163,9 +164,11 @@ def receptive_field(prior, codes, path):
     logits = prior(codes)
     handle.remove()
     logits[:, :, place[0], place[1]].square().sum().backward()
-    ours = kept[0].grad.abs().sum(3).mean(0)
+    ours = kept[0].grad.abs().sum(3).mean(0)  # in lines, as drawn
     torch.manual_seed(0)
-    theirs = seen(*masked_stack(prior.config.n_layers, (h, w)), place)
+    stack = masked_stack(prior.config.n_layers, prior.config.lines)
+    theirs = seen(*stack, place[::-1] if is_turned else place)
+    ours, theirs = (x.T if is_turned else x for x in (ours, theirs))
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 5), layout="constrained")
     titles = (f"{prior.config.n_layers} masked 3 x 3, untrained", "this prior, trained")
     for axis, gradient, title in zip(axes, (theirs, ours), titles, strict=True):

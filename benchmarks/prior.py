@@ -31,6 +31,8 @@ from modules import GatedPixelCNN, gate
 ROWS = {
     "demo": [],
     "no mirror": ["--mirror", "none"],
+    "row by row": ["--order", "rows"],
+    "column by column": ["--order", "columns"],
     "no depth": [],
     "embeddings from nothing": [],
     "no averaged weights": [],
@@ -113,7 +115,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = config.n_channels
-        self.place = nn.Parameter(0.02 * torch.randn(2 * c, *config.size))
+        self.place = nn.Parameter(0.02 * torch.randn(2 * c, *config.lines))
         self.queries_keys_values, self.out = nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)

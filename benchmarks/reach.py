@@ -1,10 +1,11 @@
-"""How far back the prior looks: what the rest of a slice costs if rows far above are another's.
+"""How far back the prior looks: what the rest of a slice costs if lines long before are another's.
 
     python benchmarks/reach.py --run_dir runs/demo
 
-In each test slice, the rows of codes more than so many above the lower part (the last 12 of 32 in
-the phantom: one of two hips) are replaced by those of another patient's slice at the same place of
-its volume. If the prior used them, the codes of the lower part would cost more bits. Writes
+In each test slice, the lines of codes more than so many before the last part (drawn row by row, the
+last 12 of 32 in the phantom: one of two hips) are replaced by those of another patient's slice at
+the same place of its volume. If the prior used them, the codes of the last part would cost more
+bits. Writes
 benchmarks/results/OUT.json.
 """
 
@@ -15,7 +16,7 @@ import harness
 import numpy as np
 import torch
 
-GAPS = [0, 1, 2, 3, 4, 6, 8, 10]
+GAPS = [0, 1, 2, 3, 4, 6, 8, 10]  # lines that stay
 LOWER = 3 / 8  # of the grid
 
 
@@ -42,23 +43,28 @@ def main():
     codes = harness.metrics.split_codes(args.run_dir, data, "test", vq_vae, device)
     codes, given = torch.from_numpy(codes), (torch.from_numpy(split.labels),
                                              torch.from_numpy(split.positions))  # fmt: skip
-    first = round((1 - LOWER) * codes.shape[1])
+    is_turned = prior.config.order == "columns"
+    n = prior.config.lines[0]
+    first = round((1 - LOWER) * n)
+
+    def lines(grids):
+        return grids.swapaxes(1, 2) if is_turned else grids
 
     def bits(grids):
-        return harness.metrics.code_bits(prior, grids, *given, device)[:, first:]
+        return lines(harness.metrics.code_bits(prior, grids, *given, device))[:, first:]
 
     own, rows = bits(codes), {}
     for gap in GAPS:
         mixed = codes.clone()
-        mixed[:, : first - gap] = codes[others(split)][:, : first - gap]
+        lines(mixed)[:, : first - gap] = lines(codes[others(split)])[:, : first - gap]
         more = (bits(mixed) - own).mean((1, 2), dtype=np.float64)
         rows[gap] = {
-            "rows_replaced": first - gap,
+            "lines_replaced": first - gap,
             "more_bits_per_code": float(more.mean()),
             "ci95": harness.metrics.patient_interval(more, split.patients),
         }
         print(gap, rows[gap], flush=True)
-    result = {"data": data.name, "rows_of_lower_part": codes.shape[1] - first}
+    result = {"data": data.name, "lines_of_last_part": n - first}
     harness.save(args.out, result | {"bits_per_code": float(own.mean()), "rows": rows})
 
 

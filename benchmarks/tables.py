@@ -67,17 +67,18 @@ def samples():
             kind: [f"{t[kind]:.2f} of {2 * t['n']}" for t in told] + [copies * (kind == "samples")]
             for kind in ("samples", "real")
         }
+        of["reconstructions"] = ["", "", ""]
         for kind in of:
             values = [
-                f"{found[key][kind]:.3f}"
+                f"{found[key][kind]:.3f}" if kind in found[key] else ""
                 for key in ("best_match_ssim", "pairwise_ssim", "frechet", "precision", "recall")
             ]
             values.append(", ".join(f"{x:.0f}" for x in found["wasserstein"][kind]))
-            values.append(f"{near[kind]:.3f}")
+            values.append(f"{near[kind]:.3f}" if kind in near else "")
             rows.append([results(name)["data"], kind, *values, *of[kind]])
     return table(["data", "slices", "best match (SSIM)", "pairs (SSIM)", "Fréchet", "precision",
                   "recall", "sliced Wasserstein, fine to coarse", "nearest training slice (SSIM)",
-                  "told from real", "with more slices", "copies"], rows)  # fmt: skip
+                  "told from reconstructions", "with more slices", "copies"], rows)  # fmt: skip
 
 
 def bits():
@@ -105,10 +106,8 @@ def reach():
         text = f"{row['more_bits_per_code']:.4f} ({low:.4f} to {high:.4f})"
         return text.replace("-0.0000", "0.0000")
 
-    without, having = (results(name)["rows"] for name in ("reach_uneven", "reach"))
-    rows = [[gap, cell(without[gap]), cell(having[gap])] for gap in having]
-    return table(["rows between that stay", "more bits per code (95 %), without mirror",
-                  "with mirror"], rows)  # fmt: skip
+    rows = [[gap, cell(row)] for gap, row in results("reach")["rows"].items()]
+    return table(["rows between that stay", "more bits per code (95 %)"], rows)
 
 
 RUNS = ["demo", "brain"]
@@ -130,11 +129,11 @@ def vq_vae():
 def ablation():
     rows = []
     for name, row in results("ablation")["rows"].items():
-        cells = [name, row["updates"], *of_test(row["test"])]
+        cells = [name, row["updates"], f"{row['validate']['ssim']:.4f}", *of_test(row["test"])]
         if name.startswith(("autoencoder", "VAE")):
             cells[-2:] = "none", ""
         rows.append(cells)
-    return table(["change", "updates", *QUALITY], rows)
+    return table(["change", "updates", "SSIM, validation", "SSIM, test", *QUALITY[1:]], rows)
 
 
 def long():
@@ -183,12 +182,21 @@ def prior_updates():
 
 
 def mirror():
+    return drawn("mirror", {"demo": "with mirror", "no mirror": "without"})
+
+
+def order():
+    return drawn("order", {"demo": "column by column", "row by row": "row by row"})
+
+
+def drawn(file, names):
     rows = []
-    found = results("mirror")["rows"]
+    found = results(file)["rows"]
     drawn = [
-        (f"samples, {kind}", row["drawn"]["samples"], f"{row['bits_per_code']:.3f}")
-        for kind, row in (("with mirror", found["demo"]), ("without", found["no mirror"]))
-    ]
+        (f"samples, {names[row]}", found[row]["drawn"]["samples"],
+         f"{found[row]['bits_per_code']:.3f}")
+        for row in names
+    ]  # fmt: skip
     drawn += [(kind, found["demo"]["drawn"][kind], "") for kind in ("real", "reconstructed")]
     for kind, row, bits in drawn:
         halves = f"{row['halves_differ']:.3f} +- {row['standard_error']:.3f}"
@@ -304,7 +312,7 @@ TABLES = {
     f.__name__: f
     for f in (
         reconstruction, samples, bits, seconds, reach, vq_vae, ablation, pca, long, prior,
-        prior_ablation, prior_updates, mirror, sampling, quantizer, runs, presets, temperature,
+        prior_ablation, prior_updates, mirror, order, sampling, quantizer, runs, presets, temperature,
         classes, flags_train, flags_predict,
     )
 }  # fmt: skip

@@ -19,10 +19,10 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 N, SHOWN = 64, 8
-SETTINGS = [(0.5, 0), (0.75, 0), (0.8, 0), (0.85, 0), (0.9, 0), (1, 0)]
-SETTINGS += [(0.75, 0.5), (0.8, 0.5), (0.9, 0.5), (0.75, 1), (0.9, 1), (0.75, 2)]
-DEFAULT = (0.9, 0)
-PICTURED = [(0.5, 0), (0.75, 0), DEFAULT, (1, 0)]
+SETTINGS = [(0.5, 0), (0.6, 0), (0.75, 0), (0.8, 0), (0.9, 0), (1, 0)]
+SETTINGS += [(0.6, 0.5), (0.75, 0.5), (0.8, 0.5), (0.9, 0.5), (0.75, 1), (0.75, 2)]
+DEFAULT = (0.75, 0.5)
+PICTURED = [(0.5, 0), DEFAULT, (0.75, 0), (1, 0)]
 
 
 def named(temperature, guidance):

@@ -225,7 +225,10 @@ def test_many_samples_go_on_where_they_stopped(run_dir, tmp_path, monkeypatch):
     values = nib.load(folder / "sample_00003.nii.gz").get_fdata()[:, :, 0]
     assert np.corrcoef(picture.ravel(), values.ravel())[0, 1] > 0.999
     assert predict_with("--n_samples 3") == whole  # a long export is not thrown away
-    other = predict_with("--n_samples 3 --seed 1")
+    with pytest.raises(utils.UserError, match="holds 6 samples of other settings"):
+        predict_with("--n_samples 3 --seed 1")  # nor is it for a few of other settings
+    assert {p.name: p.read_bytes() for p in folder.glob("sample_*")} == whole
+    other = predict_with("--n_samples 6 --seed 1")
     assert other["sample_00002.png"] != whole["sample_00002.png"]
 
 
@@ -403,7 +406,8 @@ def test_a_copied_training_slice_is_flagged(run_dir, data, tmp_path, monkeypatch
     noise = np.random.default_rng(0).random((n_noise, *slices.size), np.float32)
     images = np.concatenate([noise[:2], planted, noise[2:]])
     call_of_it = SimpleNamespace(
-        args=SimpleNamespace(seed=0), device="cpu", config=config, out=tmp_path,
+        args=SimpleNamespace(seed=0, n_samples=len(images), label=None, position=None),
+        device="cpu", config=config, out=tmp_path,
         vq_vae=utils.load_model(run_dir, "vq_vae"), split=slices["train"], result={"samples": {}},
     )  # fmt: skip
     predict.judge_samples(call_of_it, images, slices["train"])
@@ -411,6 +415,11 @@ def test_a_copied_training_slice_is_flagged(run_dir, data, tmp_path, monkeypatch
     assert ("judged" in result) == (n_noise == 4)
     near = result["nearest_training_ssim"]
     assert near["copies"] == [i + n_noise // 2 for i in range(4)]
+    rows = list(csv.DictReader((tmp_path / "nearest.csv").open()))
+    for i in range(4):  # and what it copies is named
+        copied = slices["train"].slices[4 * i]
+        row = rows[i + n_noise // 2]
+        assert (row["file"], row["patient"]) == (Path(copied.path).name, copied.patient)
     assert near["highest_sample"] == pytest.approx(1, abs=1e-4)
     assert near["copies_among_real"] == len(images)  # the split is compared with itself
 

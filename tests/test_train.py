@@ -361,8 +361,8 @@ def test_a_run_that_cannot_go_on_is_left_as_it_is(data, run_dir, tmp_path, monke
 
     for change, flags, words in (
         (without_checkpoint, "", "without checkpoint.pt"),
-        (with_newer_config, "", "config.json: format version 99, this code reads 1 to 2; update"),
-        (with_newer_checkpoint, "", "point.pt: format version 99, this code reads 1 to 2; update"),
+        (with_newer_config, "", "config.json: format version 99, this code reads 1 to 3; update"),
+        (with_newer_checkpoint, "", "point.pt: format version 99, this code reads 1 to 3; update"),
         (with_moments_of_nothing, "", "damaged .moments of other weights"),
         (with_a_number_beyond_floats, "", "damaged .not the history of a run"),
         (with_a_figure_of_its_own, "", "damaged .not the history of a run"),
