@@ -742,7 +742,8 @@ def summarise(result, out, data, split):
     print(f"data           {data.describe()}")
     print(
         f"reconstruction SSIM {r['ssim_mean']:.4f} +- {r['ssim_std']:.4f}{interval}, "
-        f"PSNR {r['psnr_mean']:.2f} dB, {r['n_slices']} slices of {r['n_patients']} patients"
+        f"PSNR {r['psnr_mean']:.2f} dB, {r['n_slices']} slices of {r['n_patients']} "
+        + ("bodies" if data.is_phantom else "patients")
     )
     others = ", ".join(
         f"{name} {x['ssim']:.3f} at {x['bits']:.0f}"

@@ -312,8 +312,8 @@ TABLES = {
     f.__name__: f
     for f in (
         reconstruction, samples, bits, seconds, reach, vq_vae, ablation, pca, long, prior,
-        prior_ablation, prior_updates, mirror, order, sampling, quantizer, runs, presets, temperature,
-        classes, flags_train, flags_predict,
+        prior_ablation, prior_updates, mirror, order, sampling, quantizer, runs, presets,
+        temperature, classes, flags_train, flags_predict,
     )
 }  # fmt: skip
 
