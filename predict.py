@@ -62,7 +62,8 @@ PROTOCOL = {
     "best_match_ssim": "nearest slice of the split: best SSIM among the 16 of least squared "
     "difference at a quarter of the resolution",
     "copies": "as near to a training slice as 95 % of training slices are to their "
-    "reconstructions, as many as judged and 64 at least",
+    "reconstructions, as many as judged and 64 at least; those nearer to one than any slice of the "
+    "split is are named too",
     "two_sample_accuracy": "4 folds, by patient; a network of four strided convolutions on the "
     "slice and what a 3 x 3 mean takes away, "
     f"{metrics.JUDGE_UPDATES} updates and one for each slice it learns from, on crops of "
@@ -92,6 +93,10 @@ def parser():
     sample = p.add_argument_group("samples")
     sample.add_argument(
         "--n_samples", type=utils.at_least(0), metavar="N", default=64, help="slices to draw"
+    )
+    sample.add_argument(
+        "--first_sample", type=utils.at_least(0), metavar="I", default=0,
+        help="number of the first of them: with --n_samples 1, sample I of a seed alone",
     )
     sample.add_argument(
         "--temperature",
@@ -593,7 +598,8 @@ def draw_samples(call, label, data):
     batches = range(share.start, share.stop, metrics.BATCH)
     bar = tqdm(total=len(batches) * lines, desc="sampling", unit="line")
     for first in batches:
-        indices = range(first, min(first + metrics.BATCH, share.stop))
+        last = min(first + metrics.BATCH, share.stop)
+        indices = range(args.first_sample + first, args.first_sample + last)
         paths = [folder / f"sample_{i:05d}.nii.gz" for i in indices]
         pictures = [path.with_name(path.name.replace("nii.gz", "png")) for path in paths]
         if first >= N_JUDGED and all(path.exists() for path in [*paths, *pictures]):
@@ -656,6 +662,7 @@ def judge_samples(call, images, learned):
     _, of_real = metrics.nearest(held, learned, desc="the same for real slices")
     some = learned.batch(plots.picks(len(learned), max(n, 64)))[:, 0].numpy()
     pairs = zip(some, metrics.through(vq_vae, some, device), strict=True)
+    first = call.args.first_sample
     limit = float(np.percentile([metrics.slice_scores(x, y)["ssim"] for x, y in pairs], 5))
     result["nearest_training_ssim"] = {
         "samples": float(ssim.mean()),
@@ -664,16 +671,17 @@ def judge_samples(call, images, learned):
         "highest_real": float(of_real.max()),
         "looked_up": len(images),
         "copy_from": limit,
-        "copies": [int(i) for i in np.flatnonzero(ssim >= limit)],
+        "copies": [int(i) for i in first + np.flatnonzero(ssim >= limit)],
+        "nearer_than_any_real": [int(i) for i in first + np.flatnonzero(ssim > of_real.max())],
         "copies_among_real": int((of_real >= limit).sum()),
     }
     pairs = zip(nearest, ssim, strict=True)
     rows = [{"sample": i, "ssim": float(s), **origin(learned.slices[k])}
-            for i, (k, s) in enumerate(pairs)]  # fmt: skip
+            for i, (k, s) in enumerate(pairs, first)]  # fmt: skip
     write_csv(call.out / "nearest.csv", rows)
     order = np.argsort(-ssim)[:N_SHOWN]
     neighbours = learned.batch(nearest[order])[:, 0].numpy()
-    titles = [(f"sample {i}", f"SSIM {ssim[i]:.3f}\n{rows[i]['patient'][-12:]}") for i in order]
+    titles = [(f"sample {first + i}", f"SSIM {ssim[i]:.3f}\n{rows[i]['patient'][-12:]}") for i in order]
     plots.nearest(images[order], neighbours, titles, call.out / "nearest.png", call.config)
     if n < 8:
         print(

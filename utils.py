@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import distributed
 
 import modules
@@ -629,11 +628,14 @@ def ssim(x, y, data_range=1.0, window=7):
     """
     with torch.autocast(x.device.type, enabled=False):
         dtype = torch.promote_types(x.dtype, torch.float32)
-        x, y = x[:, 0].to(dtype), y[:, 0].to(dtype)  # (B, H, W): pooled 5 times faster on a CPU
+        x, y = x[:, 0].to(dtype), y[:, 0].to(dtype)
         c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
 
-        def mean(a):
-            return F.avg_pool2d(a, window, stride=1)
+        def mean(a):  # along one axis, then the other: thrice as fast as F.avg_pool2d on a CPU
+            for axis in (1, 2):
+                n = a.shape[axis] - window + 1
+                a = sum(a.narrow(axis, i, n) for i in range(window)) / window
+            return a
 
         mx, my = mean(x), mean(y)
         unbiased = window**2 / (window**2 - 1)

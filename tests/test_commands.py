@@ -232,6 +232,20 @@ def test_many_samples_go_on_where_they_stopped(run_dir, tmp_path, monkeypatch):
     assert other["sample_00002.png"] != whole["sample_00002.png"]
 
 
+def test_a_sample_can_be_drawn_alone(run_dir, tmp_path):
+    """The same as among others, but for the rounding of products of another size."""
+    folders = {}
+    for flags in ("--n_samples 4", "--n_samples 1 --first_sample 3"):
+        out = folders[flags] = tmp_path / str(len(folders))
+        call([*QUICK, *f"--run_dir {run_dir} --out {out} --n_maps 0 {flags}".split()])
+    among, alone = ({p.name: p for p in (out / "samples").iterdir()} for out in folders.values())
+    assert alone.keys() == {"settings.json", "sample_00003.nii.gz", "sample_00003.png"}
+    a, b = (nib.load(x["sample_00003.nii.gz"]).get_fdata() for x in (among, alone))
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1)
+    rows = list(csv.DictReader((tmp_path / "1" / "nearest.csv").open()))
+    assert [row["sample"] for row in rows] == ["3"]
+
+
 def test_a_full_disk_leaves_the_results_of_the_last_call(run_dir, tmp_path):
     words = f"predict.py --run_dir {run_dir} --out {tmp_path} --n_maps 0 --n_samples"
     call(f"{words} 2")
@@ -406,7 +420,9 @@ def test_a_copied_training_slice_is_flagged(run_dir, data, tmp_path, monkeypatch
     noise = np.random.default_rng(0).random((n_noise, *slices.size), np.float32)
     images = np.concatenate([noise[:2], planted, noise[2:]])
     call_of_it = SimpleNamespace(
-        args=SimpleNamespace(seed=0, n_samples=len(images), label=None, position=None),
+        args=SimpleNamespace(
+            seed=0, n_samples=len(images), first_sample=n_noise, label=None, position=None
+        ),
         device="cpu", config=config, out=tmp_path,
         vq_vae=utils.load_model(run_dir, "vq_vae"), split=slices["train"], result={"samples": {}},
     )  # fmt: skip
@@ -414,12 +430,15 @@ def test_a_copied_training_slice_is_flagged(run_dir, data, tmp_path, monkeypatch
     result = call_of_it.result["samples"]
     assert ("judged" in result) == (n_noise == 4)
     near = result["nearest_training_ssim"]
-    assert near["copies"] == [i + n_noise // 2 for i in range(4)]
+    first = n_noise + n_noise // 2  # the number of the first one planted
+    assert near["copies"] == [first, first + 1, first + 2, first + 3]
+    assert near["nearer_than_any_real"] == []  # all real ones are training slices here
     rows = list(csv.DictReader((tmp_path / "nearest.csv").open()))
     for i in range(4):  # and what it copies is named
         copied = slices["train"].slices[4 * i]
         row = rows[i + n_noise // 2]
-        assert (row["file"], row["patient"]) == (Path(copied.path).name, copied.patient)
+        named = row["sample"], row["file"], row["patient"]
+        assert named == (str(first + i), Path(copied.path).name, copied.patient)
     assert near["highest_sample"] == pytest.approx(1, abs=1e-4)
     assert near["copies_among_real"] == len(images)  # the split is compared with itself
 

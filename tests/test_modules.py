@@ -472,3 +472,27 @@ def test_depth_changes_the_distribution_smoothly_and_none_means_any():
 def test_another_grid_is_refused():
     with pytest.raises(ValueError, match="draws grids"):
         prior().sample(1, size=(9, 5))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_hides_its_share_anywhere_alike_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(16, 30, 25, 9, requires_grad=True)
+    dropout = modules.Dropout(p)
+    y = dropout(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    values = y.detach().unique()
+    torch.testing.assert_close(values, torch.tensor([0, 1 / (1 - p)]), rtol=1e-3, atol=0)
+    hidden = (y.detach() == 0).double()
+    for axis in range(4):
+        share = hidden.movedim(axis, 0).flatten(1)
+        noise = (p * (1 - p) / share.shape[1]) ** 0.5
+        assert (share.mean(1) - p).abs().max() < 4.5 * noise
+    # neighbours in memory are drawn of one random word
+    in_memory = hidden.permute(0, 2, 3, 1).flatten()
+    for shift in (1, 2, 3, 4):
+        both = (in_memory[shift:] * in_memory[:-shift]).mean()
+        assert abs(both - p * p) < 4.5 * (p * p / len(in_memory)) ** 0.5
+    assert not torch.equal(dropout(x), y)
+    assert torch.equal(dropout.eval()(x), x)
