@@ -225,7 +225,8 @@ class VectorQuantizer(nn.Module):
         self.beta = beta
         self.revive = revive
         self.diversity = diversity
-        vectors = torch.empty(n_embeddings, embedding_dim).uniform_(-1, 1) / n_embeddings
+        vectors = torch.empty(n_embeddings, embedding_dim)
+        vectors.uniform_(-1 / n_embeddings, 1 / n_embeddings)
         if codebook == "ema":
             self.register_buffer("codebook", vectors)
         else:
@@ -516,7 +517,8 @@ class GatedPixelCNN(nn.Module):
         super().__init__()
         self.config = config
         c = config.n_channels
-        self.embedding = nn.Embedding(config.n_embeddings, c)
+        vectors = torch.empty(config.n_embeddings, c)
+        self.embedding = nn.Embedding.from_pretrained(vectors, freeze=False)
         # the last of each means "any"
         self.atlas = nn.Parameter(torch.empty(config.n_depths + 1, c, *config.lines))
         self.depth = nn.Parameter(torch.empty(config.n_depths + 1, c))
@@ -527,7 +529,8 @@ class GatedPixelCNN(nn.Module):
         self.head = nn.Sequential(
             nn.ReLU(), nn.Conv2d(c, 2 * c, 1), nn.ReLU(), nn.Conv2d(2 * c, config.n_embeddings, 1)
         )
-        self._initialise()
+        if not self.atlas.is_meta:  # random numbers there import torch's compiler, which takes 2 s
+            self._initialise()
 
     def _initialise(self):
         nn.init.normal_(self.embedding.weight, std=0.5)

@@ -211,7 +211,8 @@ def by_place(ssim, positions, patients, path, config):
     left.set(xlabel="relative position in the volume", ylabel="SSIM", title="by position")
     names = np.unique(patients)
     shown = names[:40]
-    right.boxplot([ssim[patients == name] for name in shown], flierprops={"marker": ".", "markersize": 3})
+    of_each = [ssim[patients == name] for name in shown]
+    right.boxplot(of_each, flierprops={"marker": ".", "markersize": 3})
     right.set(xlabel="patient", ylabel="SSIM", title=f"by patient ({len(shown)} of {len(names)})")
     right.set_xticks(range(1, len(shown) + 1), [name[-10:] for name in shown], rotation=90)
     for axis in (left, right):

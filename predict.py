@@ -681,7 +681,8 @@ def judge_samples(call, images, learned):
     write_csv(call.out / "nearest.csv", rows)
     order = np.argsort(-ssim)[:N_SHOWN]
     neighbours = learned.batch(nearest[order])[:, 0].numpy()
-    titles = [(f"sample {first + i}", f"SSIM {ssim[i]:.3f}\n{rows[i]['patient'][-12:]}") for i in order]
+    titles = [(f"sample {rows[i]['sample']}", f"SSIM {ssim[i]:.3f}\n{rows[i]['patient'][-12:]}")
+              for i in order]  # fmt: skip
     plots.nearest(images[order], neighbours, titles, call.out / "nearest.png", call.config)
     if n < 8:
         print(

@@ -45,7 +45,7 @@ PRESETS = {
             model=dict(n_hiddens=96, n_residual_hiddens=96, n_residual_layers=2, embedding_dim=32,
                        n_embeddings=512, beta=0.25, downsample=8, codebook="ema",
                        diversity=0.01),
-            train=dict(n_updates=1100, batch_size=8, learning_rate=4e-3, log_interval=220,
+            train=dict(n_updates=1000, batch_size=8, learning_rate=4e-3, log_interval=200,
                        loss="l1_ssim", average=0.0, **MODERN),
         ),
         "pixelcnn": dict(
