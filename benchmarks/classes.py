@@ -14,10 +14,11 @@ from pathlib import Path
 import harness
 import matplotlib.pyplot as plt
 import numpy as np
+import temperature
 import torch
 
 N, SHOWN, PLACE, AROUND = 32, 8, 0.4, 0.1
-TEMPERATURE, GUIDANCE = 0.9, [0.0, 0.5, 2.0]
+GUIDANCE = [0.0, 0.5, 2.0]
 
 
 def dark_share(images):
@@ -41,7 +42,7 @@ def main():
         row["real"] = dark_share(train.batch(np.flatnonzero(near))[:, 0].numpy())
         for guidance in GUIDANCE:
             codes = prior.sample(
-                N, label=k, depth=PLACE, temperature=TEMPERATURE, guidance=guidance,
+                N, label=k, depth=PLACE, temperature=temperature.DEFAULT[0], guidance=guidance,
                 generator=[harness.utils.generator(0, i) for i in range(N)],
             )  # fmt: skip
             with torch.inference_mode():

@@ -4,11 +4,12 @@
 
 figures/overview.png shows test slices, their codes and reconstructions, and samples,
 figures/architecture.png the layers of a run's networks with the shapes that pass through them,
-figures/receptive_field.png which codes a logit of its prior depends on. The rest are what
-predict.py drew.
+figures/receptive_field.png which codes a logit of its prior depends on, figures/curves.png how its
+training went. The rest are what predict.py drew.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import dataset  # noqa: E402
 import plots  # noqa: E402
 import utils  # noqa: E402
 
-COPIED = ["completions", "reconstructions"]
+COPIED = ["completions", "reconstructions", "surprise"]
 
 
 @torch.no_grad()
@@ -183,6 +184,26 @@ def receptive_field(prior, codes, path):
     plt.close(figure)
 
 
+def curves(run_dir, path):
+    """The figures that say how both stages went, out of their logs."""
+    config = utils.load_config(run_dir, "vq_vae")
+    logs = {stage: (run_dir / stage / "log.jsonl").read_text() for stage in utils.STAGES}
+    logs = {stage: [json.loads(line) for line in text.splitlines()] for stage, text in logs.items()}
+    shown = [("vq_vae", "ssim"), ("vq_vae", "perplexity"), ("pixelcnn", "bits_per_code")]
+    figure, axes = plt.subplots(1, len(shown), figsize=(10, 2.8), layout="constrained")
+    for axis, (stage, name) in zip(axes, shown, strict=True):
+        for part in ("train", "validate"):
+            if name in logs[stage][0][part]:
+                points = [(entry["update"], entry[part][name]) for entry in logs[stage]]
+                axis.plot(*zip(*points, strict=True), ".-", label=part)
+        axis.set(xlabel=f"update of {stage}", title=plots.TITLES[name])
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.suptitle(utils.data_name(config))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--run_dir", type=Path, default=Path("runs/demo"), help="a run after predict.py")
@@ -195,6 +216,7 @@ def main():
     architecture(vq_vae, prior, data.size, figures / "architecture.png")
     codes = vq_vae.encode(data["test"].batch(plots.picks(len(data["test"]), 32)))
     receptive_field(prior, codes, figures / "receptive_field.png")
+    curves(args.run_dir, figures / "curves.png")
     for name in COPIED:
         copy_small(args.run_dir / "predict" / f"{name}.png", figures / f"{name}.png")
 
