@@ -513,6 +513,10 @@ class GatedPixelCNN(nn.Module):
     and columns between holds of the turned grid.
     """
 
+    # Guidance favours no code more: where a code never occurs, whatever label and depth, both
+    # logarithms are mostly error, and their difference would draw patches into the air now and then
+    MOST_TOLD = 2.0
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -620,7 +624,8 @@ class GatedPixelCNN(nn.Module):
                 makes a grid independent of the batch it is drawn in.
             depth: float, or (n,), relative position in the volume; -1 or None means any.
             guidance: W of log p(code | label, depth) + W log p(code | label, depth) / p(code), from
-                which codes are drawn ([4]): more than 0 makes a grid more like its label and depth.
+                which codes are drawn ([4]), the second logarithm at most `MOST_TOLD`: more than 0
+                makes a grid more like its label and depth.
             progress: called with no arguments after each line, `config.lines[0]` times.
         Returns:
             codes: (n, h, w) int64.
@@ -654,7 +659,7 @@ class GatedPixelCNN(nn.Module):
         for count, (i, j, logits) in enumerate(places, 1):
             if guidance:
                 told, untold = logits.log_softmax(1).chunk(2)
-                logits = told + guidance * (told - untold)
+                logits = told + guidance * (told - untold).clamp(max=self.MOST_TOLD)
             here = codes[0, :, i, j]
             drawn = _choose(logits, uniform[:, i, j], temperature, top_k)
             codes[:, :, i, j] = torch.where(here < 0, drawn, here)

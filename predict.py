@@ -102,13 +102,13 @@ def parser():
         "--temperature",
         type=utils.at_least(0.0, float),
         metavar="T",
-        default=0.75,
+        default=0.6,
         help="1 draws from the prior as learned; less gives likelier, less varied slices",
     )
     sample.add_argument(
-        "--guidance", type=utils.at_least(0.0, float), metavar="W", default=0.5,
+        "--guidance", type=utils.at_least(0.0, float), metavar="W", default=1.0,
         help="how much more a slice shall look like its position and label: 0 draws as learned, in "
-        "half the time; more than 1 may tear slices",
+        "half the time",
     )
     sample.add_argument(
         "--top_k", type=utils.at_least(1), metavar="K", help="draw among the K likeliest codes only"

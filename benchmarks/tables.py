@@ -278,15 +278,16 @@ def temperature():
 
 
 def classes():
-    rows = results("classes")["rows"]
-    kinds = [key for key in next(iter(rows.values())) if key.startswith("guidance")]
-    return table(
-        ["class", "training slices near there", "their share", *(f"samples, {k}" for k in kinds)],
-        [
-            [name, row["real_slices"], *(f"{100 * row[key]:.1f} %" for key in ("real", *kinds))]
-            for name, row in rows.items()
-        ],
-    )
+    found = results("classes")
+    kinds = ["real", *(key for key in found["patches_in_air"] if key != "real")]
+    rows = [
+        [name, row["real_slices"], *(f"{100 * row[key]:.1f} %" for key in kinds)]
+        for name, row in found["rows"].items()
+    ]
+    patches = (f"{100 * found['patches_in_air'][key]:.1f} %" for key in kinds)
+    rows.append(["slices with a patch in the air", "", *patches])
+    head = ["class", "training slices near there", "their share"]
+    return table([*head, *(f"samples, {kind}" for kind in kinds[1:])], rows)
 
 
 def flags(parser):

@@ -21,10 +21,10 @@ from scipy.ndimage import gaussian_filter
 import predict
 
 N, SHOWN = 64, 8
-SETTINGS = [(0.5, 0), (0.6, 0), (0.75, 0), (0.8, 0), (0.9, 0), (1, 0)]
-SETTINGS += [(0.6, 0.5), (0.75, 0.5), (0.8, 0.5), (0.9, 0.5), (0.75, 1), (0.75, 2)]
+SETTINGS = [(0.6, 0), (0.75, 0), (0.9, 0), (1, 0), (0.6, 0.5), (0.75, 0.5), (0.9, 0.5)]
+SETTINGS += [(0.5, 1), (0.6, 1), (0.75, 1), (0.9, 1), (0.6, 2)]
 DEFAULT = tuple(predict.parser().get_default(name) for name in ("temperature", "guidance"))
-PICTURED = [(0.5, 0), DEFAULT, (0.75, 0), (1, 0)]
+PICTURED = [DEFAULT, (0.6, 0), (0.75, 0.5), (1, 0)]
 
 
 def named(temperature, guidance):

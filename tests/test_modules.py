@@ -335,7 +335,7 @@ def test_sampled_frequencies_match_the_exact_distribution(options):
     logits = model(grids, *known)
     if w := options.get("guidance"):
         told, untold = logits.log_softmax(1), model(grids).log_softmax(1)
-        logits = (1 + w) * told - w * untold
+        logits = told + w * (told - untold).clamp(max=modules.GatedPixelCNN.MOST_TOLD)
     logits = logits / options.get("temperature", 1)
     if "top_k" in options:
         logits = logits.masked_fill(logits < logits.topk(2, 1).values[:, -1:], -torch.inf)
@@ -395,7 +395,7 @@ def test_given_codes_are_kept_and_seen(guidance, mirror, order):
             3, label=label, depth=depth, given=given, temperature=0, guidance=guidance
         )
         told, untold = model(drawn, label, depth).log_softmax(1), model(drawn).log_softmax(1)
-        best = ((1 + guidance) * told - guidance * untold).argmax(1)
+        best = (told + guidance * (told - untold).clamp(max=2)).argmax(1)
         assert torch.equal(drawn, torch.where(given < 0, best, given))
 
 
@@ -411,11 +411,15 @@ def test_the_order_of_the_codes_is_only_a_matter_of_names_to_the_prior():
     torch.testing.assert_close(model(renamed), logits[:, order])
 
 
-def test_guidance_exaggerates_what_label_and_depth_change():
+@pytest.mark.parametrize("most", [0.5, 9.0])
+def test_guidance_exaggerates_what_label_and_depth_change(most, monkeypatch):
+    monkeypatch.setattr(GatedPixelCNN, "MOST_TOLD", most)
     model, label, depth = prior(n_classes=2), torch.tensor([0, 1]), torch.tensor([0.2, 0.9])
     drawn = model.sample(2, label=label, depth=depth, guidance=1.5, temperature=0)
     told, untold = model(drawn, label, depth).log_softmax(1), model(drawn).log_softmax(1)
-    assert torch.equal((2.5 * told - 1.5 * untold).argmax(1), drawn)
+    assert torch.equal((told + 1.5 * (told - untold).clamp(max=most)).argmax(1), drawn)
+    uncapped = (told + 1.5 * (told - untold)).argmax(1)
+    assert torch.equal(uncapped, drawn) == (most == 9.0)
     assert not torch.equal(told.argmax(1), drawn)
     seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
     unguided, nothing_to_guide = (
