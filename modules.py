@@ -413,20 +413,19 @@ def gate(x):
 class Dropout(nn.Dropout):
     """Hides the same activations of a batch however many processes share it.
 
-    Their random numbers must begin alike; each draws those of all, and takes its own. On a CPU a
+    Their random numbers must begin alike; each draws those of all, and takes its own. On a CPU one
     random word decides on four activations, which takes a third of the time of `nn.Dropout`.
     """
 
     STEPS = 1 << 15  # of the chance
 
     def forward(self, x):
+        if not self.training or not self.p:
+            return x
         rank, n_processes = processes()
-        is_cpu = x.device.type == "cpu"
-        if not self.training or not self.p or (n_processes == 1 and not is_cpu):
-            return super().forward(x)
         n = n_processes * x.numel()
-        if is_cpu:
-            words = torch.empty(-(-n // 4), dtype=torch.int64).random_()  # the sign is always +
+        if x.device.type == "cpu":
+            words = torch.randint(-(2**63), 2**63 - 1, (-(-n // 4),))
             drawn = words.view(torch.int16)[:n] & (self.STEPS - 1)
         else:
             drawn = torch.randint(self.STEPS, (n,), dtype=torch.int16, device=x.device)

@@ -62,8 +62,8 @@ PROTOCOL = {
     "best_match_ssim": "nearest slice of the split: best SSIM among the 16 of least squared "
     "difference at a quarter of the resolution",
     "copies": "as near to a training slice as 95 % of training slices are to their "
-    "reconstructions, as many as judged and 64 at least; those nearer to one than any slice of the "
-    "split is are named too",
+    "reconstructions, as many as judged and 64 at least; those nearer to one than the "
+    "reconstruction of any slice looked up beside them are named too",
     "two_sample_accuracy": "4 folds, by patient; a network of four strided convolutions on the "
     "slice and what a 3 x 3 mean takes away, "
     f"{metrics.JUDGE_UPDATES} updates and one for each slice it learns from, on crops of "
@@ -568,6 +568,7 @@ def draw_samples(call, label, data):
     names = ("temperature", "guidance", "top_k", "label", "position")
     settings = {name: getattr(args, name) for name in names}
     stamp = {"models": made_by, "seed": args.seed, "data": data.fingerprint, **settings}
+    stamp["most_told"] = prior.MOST_TOLD
 
     def is_alike(folder):
         with contextlib.suppress(OSError, ValueError):
@@ -635,7 +636,8 @@ def draw_samples(call, label, data):
     if utils.processes()[0] == 0:
         plots.samples(images[:32], out / "samples.png", call.config, note)
     seconds = round(time.perf_counter() - start, 2)
-    call.result["samples"] = {"n": args.n_samples, "seconds": seconds, **settings}
+    counts = {"n": args.n_samples, "first": args.first_sample}
+    call.result["samples"] = {**counts, "seconds": seconds, **settings}
     return images, folder
 
 
@@ -660,6 +662,8 @@ def judge_samples(call, images, learned):
 
     nearest, ssim = metrics.nearest(images, learned, desc="nearest training slice")
     _, of_real = metrics.nearest(held, learned, desc="the same for real slices")
+    coded = metrics.through(vq_vae, held, device)  # as blurred as samples, which raises SSIM
+    _, of_coded = metrics.nearest(coded, learned, desc="and for their reconstructions")
     some = learned.batch(plots.picks(len(learned), max(n, 64)))[:, 0].numpy()
     pairs = zip(some, metrics.through(vq_vae, some, device), strict=True)
     first = call.args.first_sample
@@ -667,12 +671,16 @@ def judge_samples(call, images, learned):
     result["nearest_training_ssim"] = {
         "samples": float(ssim.mean()),
         "real": float(of_real.mean()),
+        "reconstructions": float(of_coded.mean()),
         "highest_sample": float(ssim.max()),
         "highest_real": float(of_real.max()),
+        "highest_reconstruction": float(of_coded.max()),
         "looked_up": len(images),
         "copy_from": limit,
         "copies": [int(i) for i in first + np.flatnonzero(ssim >= limit)],
-        "nearer_than_any_real": [int(i) for i in first + np.flatnonzero(ssim > of_real.max())],
+        "nearer_than_any_reconstruction": [
+            int(i) for i in first + np.flatnonzero(ssim > of_coded.max())
+        ],
         "copies_among_real": int((of_real >= limit).sum()),
     }
     pairs = zip(nearest, ssim, strict=True)
@@ -701,7 +709,7 @@ def judge_samples(call, images, learned):
             file=sys.stderr,
         )
 
-    again = {name: metrics.through(vq_vae, x, device) for name, x in real.items()}
+    again = {"held": coded, "train": metrics.through(vq_vae, train, device)}
     seen = {"samples": made, "real": train, "reconstructions": again["held"]}
     features = {name: metrics.features(vq_vae, x, device) for name, x in seen.items()}
     of_held = metrics.features(vq_vae, held, device)

@@ -303,7 +303,7 @@ def ablation(data, base, args):
     if n_updates:
         budget = {"data": data.name, "updates": n_updates}
     if args.draw:
-        budget["drawn"] = args.draw
+        budget |= {"drawn": args.draw, "temperature_and_guidance": list(temperature.DEFAULT)}
     budget["demo"] = harness.train.PRESETS["demo"]["pixelcnn"]["model"]  # rows are changes of it
     rows = harness.rows_so_far(out, budget)
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:

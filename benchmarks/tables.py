@@ -278,16 +278,23 @@ def temperature():
 
 
 def classes():
-    found = results("classes")
-    kinds = ["real", *(key for key in found["patches_in_air"] if key != "real")]
-    rows = [
-        [name, row["real_slices"], *(f"{100 * row[key]:.1f} %" for key in kinds)]
-        for name, row in found["rows"].items()
-    ]
-    patches = (f"{100 * found['patches_in_air'][key]:.1f} %" for key in kinds)
-    rows.append(["slices with a patch in the air", "", *patches])
-    head = ["class", "training slices near there", "their share"]
-    return table([*head, *(f"samples, {kind}" for kind in kinds[1:])], rows)
+    rows = results("classes")["rows"]
+    kinds = [key for key in next(iter(rows.values())) if key.startswith("guidance")]
+    return table(
+        ["class", "training slices near there", "their share", *(f"samples, {k}" for k in kinds)],
+        [
+            [name, row["real_slices"], *(f"{100 * row[key]:.1f} %" for key in ("real", *kinds))]
+            for name, row in rows.items()
+        ],
+    )
+
+
+def limit():
+    rows = results("limit")["rows"]
+    return table(
+        ["slices", "with a patch of light in the air"],
+        [[name, f"{row['with_a_patch']} of {row['slices']}"] for name, row in rows.items()],
+    )
 
 
 def flags(parser):
@@ -314,7 +321,7 @@ TABLES = {
     for f in (
         reconstruction, samples, bits, seconds, reach, vq_vae, ablation, pca, long, prior,
         prior_ablation, prior_updates, mirror, order, sampling, quantizer, runs, presets,
-        temperature, classes, flags_train, flags_predict,
+        temperature, classes, limit, flags_train, flags_predict,
     )
 }  # fmt: skip
 

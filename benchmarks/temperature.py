@@ -24,6 +24,7 @@ N, SHOWN = 64, 8
 SETTINGS = [(0.6, 0), (0.75, 0), (0.9, 0), (1, 0), (0.6, 0.5), (0.75, 0.5), (0.9, 0.5)]
 SETTINGS += [(0.5, 1), (0.6, 1), (0.75, 1), (0.9, 1), (0.6, 2)]
 DEFAULT = tuple(predict.parser().get_default(name) for name in ("temperature", "guidance"))
+SETTINGS += [DEFAULT] * (DEFAULT not in SETTINGS)
 PICTURED = [DEFAULT, (0.6, 0), (0.75, 0.5), (1, 0)]
 
 
@@ -112,7 +113,7 @@ def picture(rows, title, name):
         for axis, image in zip(row, images, strict=True):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(label.replace(", ", "\n"), fontsize=8)
+        row[0].set_ylabel(label.replace(", ", ",\n"), fontsize=8)
     figure.suptitle(title)
     figure.savefig(harness.ROOT / "figures" / f"{name}.png", dpi=110)
 

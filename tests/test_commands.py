@@ -410,9 +410,12 @@ def test_samples_are_judged_beside_real_slices(run_dir, tmp_path):
     assert (tmp_path / "nearest.png").exists()
 
 
-@pytest.mark.parametrize("n_noise", [0, 4])
-def test_a_copied_training_slice_is_flagged(run_dir, data, tmp_path, monkeypatch, n_noise):
-    """Four training slices, alone or planted among samples of noise, and no other."""
+@pytest.mark.parametrize(("n_noise", "is_itself"), [(0, True), (4, True), (4, False)])
+def test_a_copied_training_slice_is_flagged(
+    run_dir, data, tmp_path, monkeypatch, n_noise, is_itself
+):
+    """Four training slices, alone or planted among samples of noise, and no other; beside real
+    slices that are training slices themselves, or test slices."""
     monkeypatch.setattr(metrics, "JUDGE_UPDATES", 4)
     config = utils.load_config(run_dir, "vq_vae")
     slices = dataset.load(**config["data"]["arguments"], progress=False)
@@ -424,15 +427,16 @@ def test_a_copied_training_slice_is_flagged(run_dir, data, tmp_path, monkeypatch
             seed=0, n_samples=len(images), first_sample=n_noise, label=None, position=None
         ),
         device="cpu", config=config, out=tmp_path,
-        vq_vae=utils.load_model(run_dir, "vq_vae"), split=slices["train"], result={"samples": {}},
+        vq_vae=utils.load_model(run_dir, "vq_vae"), result={"samples": {}},
+        split=slices["train" if is_itself else "test"],
     )  # fmt: skip
     predict.judge_samples(call_of_it, images, slices["train"])
     result = call_of_it.result["samples"]
-    assert ("judged" in result) == (n_noise == 4)
+    assert ("judged" in result) == (n_noise == 4 and is_itself)  # the test split is too small
     near = result["nearest_training_ssim"]
     first = n_noise + n_noise // 2  # the number of the first one planted
     assert near["copies"] == [first, first + 1, first + 2, first + 3]
-    assert near["nearer_than_any_real"] == []  # all real ones are training slices here
+    assert near["nearer_than_any_reconstruction"] == near["copies"]
     rows = list(csv.DictReader((tmp_path / "nearest.csv").open()))
     for i in range(4):  # and what it copies is named
         copied = slices["train"].slices[4 * i]
@@ -440,7 +444,8 @@ def test_a_copied_training_slice_is_flagged(run_dir, data, tmp_path, monkeypatch
         named = row["sample"], row["file"], row["patient"]
         assert named == (str(first + i), Path(copied.path).name, copied.patient)
     assert near["highest_sample"] == pytest.approx(1, abs=1e-4)
-    assert near["copies_among_real"] == len(images)  # the split is compared with itself
+    if is_itself:
+        assert near["copies_among_real"] == len(images)
 
 
 def test_predicting_twice_gives_the_same(run_dir, tmp_path):

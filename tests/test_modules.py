@@ -395,7 +395,7 @@ def test_given_codes_are_kept_and_seen(guidance, mirror, order):
             3, label=label, depth=depth, given=given, temperature=0, guidance=guidance
         )
         told, untold = model(drawn, label, depth).log_softmax(1), model(drawn).log_softmax(1)
-        best = (told + guidance * (told - untold).clamp(max=2)).argmax(1)
+        best = (told + guidance * (told - untold).clamp(max=model.MOST_TOLD)).argmax(1)
         assert torch.equal(drawn, torch.where(given < 0, best, given))
 
 
