@@ -150,7 +150,7 @@ def seen(y, x, place):
     return x.grad.abs().sum(1)[0]
 
 
-def receptive_field(prior, codes, path):
+def receptive_field(prior, codes, title, path):
     """Gradients of the logits at one place, mean over slices; codes: (N, h, w) of real ones."""
     h, w = prior.config.size
     place = (2 * h // 3, 2 * w // 3)
@@ -179,6 +179,7 @@ def receptive_field(prior, codes, path):
         axis.set_facecolor("0.85")
         axis.plot(place[1], place[0], "r+", markersize=10)
         axis.set(title=title, xlabel="column of codes", ylabel="row of codes")
+    figure.suptitle(title)
     figure.colorbar(image, ax=axes, label="gradient of the logits at +, log10 of its share")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -215,7 +216,8 @@ def main():
     overview(vq_vae, data, args.run_dir, figures / "overview.png")
     architecture(vq_vae, prior, data.size, figures / "architecture.png")
     codes = vq_vae.encode(data["test"].batch(plots.picks(len(data["test"]), 32)))
-    receptive_field(prior, codes, figures / "receptive_field.png")
+    title = utils.data_name(utils.load_config(args.run_dir, "vq_vae"))
+    receptive_field(prior, codes, title, figures / "receptive_field.png")
     curves(args.run_dir, figures / "curves.png")
     for name in COPIED:
         copy_small(args.run_dir / "predict" / f"{name}.png", figures / f"{name}.png")

@@ -192,9 +192,9 @@ def bits(data, run_dir, kind):
     return {"bits_per_code": float(every.mean(dtype="float64")), "parameters": parameters}
 
 
-def drawn(data, run_dir, kind, n):
-    """Figures of n samples, drawn as predict.py does, against the validation split; and of the
-    same number of real slices, and of their reconstructions."""
+def drawn(data, run_dir, kind, n, settings):
+    """Figures of n samples, drawn with `settings`, against the validation split; and of the same
+    number of real slices, and of their reconstructions."""
     harness.utils.STAGES["pixelcnn"] = (harness.train.PixelCNNConfig, kind)
     vq_vae, prior = (harness.utils.load_model(run_dir, s) for s in harness.utils.STAGES)
     metrics, device, rng = harness.metrics, torch.device("cpu"), np.random.default_rng(0)
@@ -202,8 +202,7 @@ def drawn(data, run_dir, kind, n):
         data[s].batch(np.sort(rng.choice(len(data[s]), n, replace=False)))[:, 0].numpy()
         for s in ("train", "validate")
     )
-    t, w = temperature.DEFAULT
-    made = temperature.draw(vq_vae, prior, data["train"].positions, n, temperature=t, guidance=w)
+    made = temperature.draw(vq_vae, prior, data["train"].positions, n, **settings)
     of_held = metrics.features(vq_vae, held, device)
     is_turned = harness.train.evener_axis(data["train"]) == "columns"
     sets = {"samples": made, "real": real, "reconstructed": metrics.through(vq_vae, real, device)}
@@ -269,7 +268,7 @@ def race(data, path, base, minutes):
     harness.save("prior", result)
 
 
-def run_row(path, base, row, seconds, n_updates, n_drawn, keep):
+def run_row(path, base, row, seconds, n_updates, n_drawn, settings, keep):
     torch.set_num_threads(1)
     kind, flags = apply(row)
     data = harness.dataset.load(path, progress=False) if n_updates else harness.load(path)
@@ -291,7 +290,7 @@ def run_row(path, base, row, seconds, n_updates, n_drawn, keep):
                 for _, e in log
             ]
         if n_drawn:
-            figures["drawn"] = drawn(harness.dataset.load(path), run_dir, kind, n_drawn)
+            figures["drawn"] = drawn(harness.dataset.load(path), run_dir, kind, n_drawn, settings)
         if keep:
             shutil.copytree(run_dir, Path(keep) / row.replace(" ", "_"), dirs_exist_ok=True)
         return row, figures
@@ -299,15 +298,16 @@ def run_row(path, base, row, seconds, n_updates, n_drawn, keep):
 
 def ablation(data, base, args):
     seconds, n_updates, out = args.seconds, args.updates, args.out
+    settings = {"temperature": args.temperature, "guidance": args.guidance}
     budget = {"data": data.name, "seconds_of_one_core": seconds}
     if n_updates:
         budget = {"data": data.name, "updates": n_updates}
     if args.draw:
-        budget |= {"drawn": args.draw, "temperature_and_guidance": list(temperature.DEFAULT)}
+        budget |= {"drawn": args.draw, **settings}
     budget["demo"] = harness.train.PRESETS["demo"]["pixelcnn"]["model"]  # rows are changes of it
     rows = harness.rows_so_far(out, budget)
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
-        of_all = seconds, n_updates, args.draw, args.keep
+        of_all = seconds, n_updates, args.draw, settings, args.keep
         for done in [pool.submit(run_row, args.data, base, row, *of_all) for row in args.rows]:
             row, rows[row] = done.result()
             print(f"{row:24s} {rows[row]}", flush=True)
@@ -326,6 +326,8 @@ def main():
     p.add_argument("--updates", type=int, default=0, metavar="N", help=text)
     text = "samples to draw of each row, and to measure"
     p.add_argument("--draw", type=int, default=0, metavar="N", help=text)
+    for name, value in zip(("temperature", "guidance"), temperature.DEFAULT, strict=True):
+        p.add_argument(f"--{name}", type=float, default=value, metavar="X", help="of --draw")
     p.add_argument("--keep", metavar="DIR", help="folder for the trained runs, one for each row")
     text = "rows to run; several changes at once are joined by ' + '"
     p.add_argument("--rows", nargs="+", default=list(ROWS), help=text)

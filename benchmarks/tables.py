@@ -62,12 +62,11 @@ def samples():
         near, told = found["nearest_training_ssim"], [
             found["two_sample_accuracy"] | {"n": found["judged"]}, found["told_with_many"]
         ]  # fmt: skip
-        copies = f"{len(near['copies'])} of {near['looked_up']}"
-        of = {
-            kind: [f"{t[kind]:.2f} of {2 * t['n']}" for t in told] + [copies * (kind == "samples")]
-            for kind in ("samples", "real")
-        }
-        of["reconstructions"] = ["", "", ""]
+        kinds = ("samples", "real")
+        of = {kind: [f"{t[kind]:.2f} of {2 * t['n']}" for t in told] for kind in kinds}
+        of["samples"] += [f"{len(near[key])} of {near['looked_up']}"
+                          for key in ("nearer_than_any_reconstruction", "copies")]  # fmt: skip
+        of |= {"real": [*of["real"], "", ""], "reconstructions": 4 * [""]}
         for kind in of:
             values = [
                 f"{found[key][kind]:.3f}" if kind in found[key] else ""
@@ -78,7 +77,8 @@ def samples():
             rows.append([results(name)["data"], kind, *values, *of[kind]])
     return table(["data", "slices", "best match (SSIM)", "pairs (SSIM)", "Fréchet", "precision",
                   "recall", "sliced Wasserstein, fine to coarse", "nearest training slice (SSIM)",
-                  "told from reconstructions", "with more slices", "copies"], rows)  # fmt: skip
+                  "told from reconstructions", "with more slices", "nearer", "copies"],
+                 rows)  # fmt: skip
 
 
 def bits():
@@ -182,22 +182,21 @@ def prior_updates():
 
 
 def mirror():
-    return drawn("mirror", {"demo": "with mirror", "no mirror": "without"})
+    return drawn("mirror", "with mirror", "without")
 
 
 def order():
-    return drawn("order", {"demo": "column by column", "row by row": "row by row"})
+    return drawn("order", "column by column", "row by row")
 
 
-def drawn(file, names):
+def drawn(file, *names):
     rows = []
-    found = results(file)["rows"]
+    found = list(results(file)["rows"].values())
     drawn = [
-        (f"samples, {names[row]}", found[row]["drawn"]["samples"],
-         f"{found[row]['bits_per_code']:.3f}")
-        for row in names
-    ]  # fmt: skip
-    drawn += [(kind, found["demo"]["drawn"][kind], "") for kind in ("real", "reconstructed")]
+        (f"samples, {name}", row["drawn"]["samples"], f"{row['bits_per_code']:.3f}")
+        for name, row in zip(names, found, strict=True)
+    ]
+    drawn += [(kind, found[0]["drawn"][kind], "") for kind in ("real", "reconstructed")]
     for kind, row, bits in drawn:
         halves = f"{row['halves_differ']:.3f} +- {row['standard_error']:.3f}"
         broken = f"{100 * row['outline_breaks']:.1f} %"
@@ -289,6 +288,15 @@ def classes():
     )
 
 
+def blind():
+    found = results("blind")
+    kinds = ("samples", "reconstructions")
+    return table(
+        ["data", *kinds],
+        [[found["data"], *(f"{len(found['failed'][k])} of {found['n']}" for k in kinds)]],
+    )
+
+
 def limit():
     rows = results("limit")["rows"]
     return table(
@@ -321,7 +329,7 @@ TABLES = {
     for f in (
         reconstruction, samples, bits, seconds, reach, vq_vae, ablation, pca, long, prior,
         prior_ablation, prior_updates, mirror, order, sampling, quantizer, runs, presets,
-        temperature, classes, limit, flags_train, flags_predict,
+        temperature, classes, limit, blind, flags_train, flags_predict,
     )
 }  # fmt: skip
 

@@ -54,7 +54,7 @@ INLINE = sorted(set(re.findall(r"`python (benchmarks/[^`]*)`", TEXT)))
 
 
 @pytest.mark.parametrize("command", INLINE)
-def test_commands_of_benchmarks_parse(command, monkeypatch):
+def test_commands_of_benchmarks_parse(command, monkeypatch, capsys):
     script, *words = shlex.split(command)
     assert (ROOT / script).exists()
     if not words:
@@ -64,6 +64,8 @@ def test_commands_of_benchmarks_parse(command, monkeypatch):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert end.value.code == 0
+    known = re.findall(r"--\w+", capsys.readouterr().out)
+    assert {word for word in words if word.startswith("--")} <= set(known)
 
 
 def test_the_commands_run_as_written(data, tmp_path, monkeypatch):
