@@ -742,14 +742,15 @@ def test_compile_without_a_compiler(data, tmp_path, monkeypatch):
     mistake(f"train.py --mode vq_vae --data {data} --run_dir {tmp_path} --compile", "no-such-comp")
 
 
-def test_weights_cut_short(run_dir, tmp_path):
+@pytest.mark.parametrize("stage", ["vq_vae", "pixelcnn"])
+def test_weights_cut_short(stage, run_dir, tmp_path):
     broken = tmp_path / "run"
     shutil.copytree(run_dir, broken)
-    weights = broken / "vq_vae" / "model.safetensors"
+    weights = broken / stage / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    mistake(f"predict.py --run_dir {broken}", "model.safetensors", "--fresh")
-    (broken / "vq_vae" / "config.json").write_text("{")
-    mistake(f"predict.py --run_dir {broken}", "config.json", "--fresh")
+    mistake(f"predict.py --run_dir {broken}", f"{stage}/model.safetensors", "--fresh")
+    (broken / stage / "config.json").write_text("{")
+    mistake(f"predict.py --run_dir {broken}", f"{stage}/config.json", "--fresh")
 
 
 def test_a_prior_of_another_vq_vae_is_not_used(run_dir, data, tmp_path):
