@@ -28,7 +28,7 @@ from utils import UserError
 
 BATCH = 32  # slices evaluated at a time
 CROP = 64  # pixels of a side that the network of the two-sample test learns from
-JUDGE_UPDATES = 200  # of that network, and one more for each image it is shown
+JUDGE_UPDATES = 400  # of that network, and one more for each image it is shown
 
 
 def _batches(n, desc, share=slice(None)):

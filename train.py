@@ -24,6 +24,7 @@ from signal import SIGTERM
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -36,22 +37,24 @@ from utils import UserError
 
 # What a preset sets for each stage; a flag of the same name beats it. `decay_to` is the last
 # learning rate as a fraction of the first; `average` the decay of the averaged weights, 0 for none;
-# `warm_up` the updates over which the rate rises; `clip` the largest norm of a gradient, 0 for any.
-MODERN = dict(decay_to=0.02, warm_up=50, clip=1.0, beta2=0.99)
-CLASSIC = dict(decay_to=1.0, warm_up=0, clip=0.0, beta2=0.999, average=0.0)  # plain Adam
+# `warm_up` the updates over which the rate rises; `clip` the largest norm of a gradient, 0 for any;
+# `optimizer` that of the layers' weights, "muon" or "adam", which is the one of all else.
+MODERN = dict(decay_to=0.02, warm_up=50, clip=1.0, beta2=0.99, optimizer="muon")
+CLASSIC = dict(decay_to=1.0, warm_up=0, clip=0.0, beta2=0.999, average=0.0, optimizer="adam")
+MUON_RATE = 2  # learning rate of Muon, in multiples of Adam's
 PRESETS = {
     "demo": {
         "vq_vae": dict(
             model=dict(n_hiddens=96, n_residual_hiddens=96, n_residual_layers=2, embedding_dim=32,
                        n_embeddings=512, beta=0.25, downsample=8, codebook="ema",
                        diversity=0.01),
-            train=dict(n_updates=1000, batch_size=8, learning_rate=4e-3, log_interval=200,
+            train=dict(n_updates=700, batch_size=8, learning_rate=4e-3, log_interval=200,
                        loss="l1_ssim", average=0.0, **MODERN),
         ),
         "pixelcnn": dict(
             model=dict(n_channels=64, n_layers=10, kernel_size=3, dropout=0.1, mirror="auto",
                        order="auto"),
-            train=dict(n_updates=1400, batch_size=8, learning_rate=4e-3, log_interval=200,
+            train=dict(n_updates=1600, batch_size=8, learning_rate=4e-3, log_interval=200,
                        average=0.99, **MODERN),
         ),
     },
@@ -437,10 +440,9 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     """
     options = config["train"]
     key, beats = best
-    betas = (0.9, options["beta2"])
-    optimizer = torch.optim.AdamW(
-        model.parameters(), options["learning_rate"], betas, weight_decay=0.0, fused=True
-    )
+    if (directory / "checkpoint.pt").exists() and not args.fresh:
+        options["optimizer"] = utils.read_config(directory)["train"]["optimizer"]
+    optimizers = make_optimizers(model, options)
     averaged = copy.deepcopy(model) if options["average"] else model
     # drawn: slices so far; skipped: updates without a finite gradient; in_a_row: the last of them
     state = {"update": 0, "drawn": 0, "best": None, "best_update": 0, "skipped": 0, "in_a_row": 0}
@@ -448,7 +450,7 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     save(clear, directory, args.fresh)
     utils.wait_for_all()
     running = []  # losses since the last validation
-    log = resume(directory, config, model, averaged, optimizer, state, running)
+    log = resume(directory, config, model, averaged, optimizers, state, running)
     if not utils.is_agreed(state["update"]):
         raise UserError(UNSHARED.format(directory))
     if is_done(log, state, options):
@@ -460,7 +462,7 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
         return
     utils.wait_for_all()
     save(utils.write_json, directory / "config.json", config)
-    everything = directory, config, log, model, averaged, optimizer, state, running
+    everything = directory, config, log, model, averaged, optimizers, state, running
     if state["update"] == 0:
         save(save_checkpoint, *everything)
     shown = {}
@@ -496,12 +498,13 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
         while not is_done(log, state, options):
             update = state["update"]
             torch.manual_seed(hash((options["seed"], update)) % 2**63)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(update, options)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["share"] * learning_rate(update, options)
             model.train()
             losses = loss_of(batch_indices(n_train, batch_size, state["drawn"], options["seed"]))
             loss = sum(losses.values())
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options["clip"] or math.inf)
             is_finite = bool(torch.isfinite(norm))
@@ -511,7 +514,8 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
             if state["in_a_row"] == 10:
                 raise UserError(diverged.format("10 updates without a finite gradient", update))
             if is_finite:
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
                 running.append(dict(zip(losses, values, strict=True)))
             if averaged is not model:
                 average(averaged, model, min(options["average"], (update + 1) / (update + 10)))
@@ -536,6 +540,48 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     best_so_far = f"{state['best']:.4f} at update {state['best_update']}"
     lost = f"; {state['skipped']} updates without a finite gradient" if state["skipped"] else ""
     print(f"{directory}: best validation {key} {best_so_far}{lost}")
+
+
+class Muon(torch.optim.Muon):
+    """Muon, which moves all directions of a matrix alike, of layers: (out, in, ...) is (out, rest).
+
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon; its updates are as large as Adam's (Liu
+    et al. 2025, arXiv 2502.16982, eq. 4).
+    """
+
+    def __init__(self, weights, **options):
+        self.weights = weights
+        options |= {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+        super().__init__([as_matrix(weight.detach()) for weight in weights], **options)
+
+    def step(self):
+        matrices = self.param_groups[0]["params"]
+        for matrix, weight in zip(matrices, self.weights, strict=True):
+            of = weight.grad
+            matrix.grad = of if of is None else as_matrix(torch.empty_like(weight).copy_(of))
+        super().step()
+
+
+def as_matrix(weight):
+    """A view of a weight (N, ...) as (N, M), in whatever order its memory has the M."""
+    n, m = len(weight), weight[0].numel()
+    return weight.as_strided((n, m), (m, 1))
+
+
+def make_optimizers(model, options):
+    """One of each kind of weight, with the `share` that it has of the learning rate."""
+    layers = []
+    if options["optimizer"] == "muon":
+        kinds = nn.Conv2d, nn.ConvTranspose2d, nn.Linear
+        layers = [layer.weight for layer in model.modules() if isinstance(layer, kinds)]
+    own = {id(weight) for weight in layers}
+    others = [weight for weight in model.parameters() if id(weight) not in own]
+    betas = (0.9, options["beta2"])
+    optimizers = [torch.optim.AdamW(others, betas=betas, weight_decay=0.0, fused=True)]
+    optimizers += [Muon(layers)] if layers else []
+    for optimizer, share in zip(optimizers, (1, MUON_RATE), strict=False):
+        optimizer.param_groups[0]["share"] = share
+    return optimizers
 
 
 def clear(directory, is_fresh):
@@ -604,7 +650,7 @@ def average(averaged, model, decay):
             a.copy_(b)
 
 
-def save_checkpoint(directory, config, log, model, averaged, optimizer, state, running):
+def save_checkpoint(directory, config, log, model, averaged, optimizers, state, running):
     lines = "".join(json.dumps(entry) + "\n" for entry in log)
     utils.write_atomically(directory / "log.jsonl", lambda path: path.write_text(lines))
     if log:
@@ -613,7 +659,7 @@ def save_checkpoint(directory, config, log, model, averaged, optimizer, state, r
         "format_version": utils.FORMAT_VERSION,
         "model": model.state_dict(),
         "averaged": averaged.state_dict() if averaged is not model else None,
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "state": dict(state),
         "log": log,
         "running": running,
@@ -623,10 +669,10 @@ def save_checkpoint(directory, config, log, model, averaged, optimizer, state, r
     )
 
 
-def resume(directory, config, model, averaged, optimizer, state, running):
+def resume(directory, config, model, averaged, optimizers, state, running):
     """Load the checkpoint of an unfinished run, if there is one, and return its log.
 
-    Fills in model, averaged, optimizer, state, and running.
+    Fills in model, averaged, optimizers, state, and running.
 
     Raises:
         UserError: the directory holds a run with other settings or other data.
@@ -672,7 +718,6 @@ def resume(directory, config, model, averaged, optimizer, state, running):
             f"note: an update is of {now} x {batch_sizes[0]} slices from here on, after {before} x "
             f"{batch_sizes[1]}; --batch_size is what each process takes"
         )
-    own = [group.copy() for group in optimizer.param_groups]
     try:
         check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -681,26 +726,34 @@ def resume(directory, config, model, averaged, optimizer, state, running):
         model.load_state_dict(checkpoint["model"])
         if averaged is not model:
             averaged.load_state_dict(checkpoint["averaged"])
-        parameters = list(model.parameters())
-        for i, moments in checkpoint["optimizer"]["state"].items():
-            if moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-                raise ValueError("moments of another kind")
-            for name in ("exp_avg", "exp_avg_sq"):
-                like, stored = parameters[i], moments[name]
-                if (stored.shape, stored.dtype) != (like.shape, like.dtype):
-                    raise ValueError("moments of other weights")
-                # a stranger's may repeat one number, which the optimizer would write beyond
-                moments[name] = torch.empty_like(like).copy_(stored)
-            if moments["step"].shape != ():
-                raise ValueError("moments of other weights")
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, of_group in zip(optimizer.param_groups, own, strict=True):
-            group |= {name: of_group[name] for name in of_group if name != "params"}
+        states = checkpoint.get("optimizers") or [checkpoint["optimizer"]]  # one before format 4
+        for optimizer, stored in zip(optimizers, states, strict=True):
+            load_moments(optimizer, stored)
         state |= checkpoint["state"]
         running += checkpoint.get("running", [])
         return checkpoint["log"]
     except Exception as error:
         raise utils.unusable(path, error, "damaged ({}); start over with --fresh") from error
+
+
+def load_moments(optimizer, stored):
+    """Load the moments of an optimizer, perhaps a stranger's; ValueError if they do not fit."""
+    (own,) = optimizer.param_groups
+    is_muon = isinstance(optimizer, Muon)
+    names = {"momentum_buffer"} if is_muon else {"step", "exp_avg", "exp_avg_sq"}
+    for i, moments in stored["state"].items():
+        if moments.keys() != names:
+            raise ValueError("moments of another kind")
+        for name, moment in moments.items():
+            like = moment.new_empty(()) if name == "step" else own["params"][i]
+            if (moment.shape, moment.dtype) != (like.shape, like.dtype):
+                raise ValueError("moments of other weights")
+            # a stranger's may repeat one number, which the optimizer would write beyond
+            moments[name] = torch.empty_like(like).copy_(moment)
+    settings = {name: own[name] for name in own if name != "params"}
+    optimizer.load_state_dict(stored)
+    (group,) = optimizer.param_groups
+    group |= settings
 
 
 def check_archive(path):

@@ -30,7 +30,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-FORMAT_VERSION = 3  # of config.json and checkpoint.pt; 2 has the prior's `mirror`, 3 its `order`
+FORMAT_VERSION = 4  # of config.json and checkpoint.pt; 4 has several optimizers
 READABLE = range(1, FORMAT_VERSION + 1)
 MOST_PIXELS = 1 << 26  # of a slice: a small file may ask for any number
 STAGES = {  # name of a stage: its configuration and its network
@@ -499,6 +499,7 @@ def read_config(directory):
         raise UserError(f"{path}: not as this code writes it; train this stage again with --fresh")
     older = {f.name: f.default for f in fields(STAGES[directory.name][0])}
     config["model"] = {k: v for k, v in older.items() if v is not MISSING} | config["model"]
+    config["train"].setdefault("optimizer", "adam")
     return config
 
 

@@ -34,6 +34,7 @@ ROWS = {
     "demo": [],
     "demo, seed 1": ["--seed", "1"],
     "demo, seed 2": ["--seed", "2"],
+    "Adam alone": [],
     "f=4": ["--downsample", "4"],
     "f=4, diversity 0.05": ["--downsample", "4", "--diversity", "0.05"],
     "f=4, diversity 0.05, 4 blocks": DEEP,
@@ -141,6 +142,8 @@ def apply(row):
         modules.Encoder = Strided
     elif row == "no unit RMS":
         modules.UnitRMS = torch.nn.Identity
+    elif row == "Adam alone":
+        presets["train"]["optimizer"] = "adam"
     elif row == "averaged weights":
         presets["train"]["average"] = 0.99
     elif row == "rotation trick":

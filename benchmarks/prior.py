@@ -30,6 +30,7 @@ from modules import GatedPixelCNN, gate
 
 ROWS = {
     "demo": [],
+    "Adam alone": [],
     "no mirror": ["--mirror", "none"],
     "row by row": ["--order", "rows"],
     "column by column": ["--order", "columns"],
@@ -166,6 +167,8 @@ def apply(row):
         flags += ROWS[change]
         if change == "no averaged weights":
             train.PRESETS["demo"]["pixelcnn"]["train"]["average"] = 0.0
+        elif change == "Adam alone":
+            train.PRESETS["demo"]["pixelcnn"]["train"]["optimizer"] = "adam"
         elif change == "embeddings from nothing":
             train.GatedPixelCNN.start_from = ClassicPrior.start_from
         elif change == "no depth":

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import weakref
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,6 +231,25 @@ def test_many_samples_go_on_where_they_stopped(run_dir, tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in folder.glob("sample_*")} == whole
     other = predict_with("--n_samples 6 --seed 1")
     assert other["sample_00002.png"] != whole["sample_00002.png"]
+
+
+def test_a_long_export_keeps_few_samples_in_memory(run_dir, tmp_path, monkeypatch):
+    """Those that are judged, and the batch at hand."""
+    monkeypatch.setattr(predict, "N_JUDGED", 4)
+    monkeypatch.setattr(predict.metrics, "BATCH", 2)
+    original, batches, held = predict.in_units, [], []
+
+    def in_units(image, data):
+        if not batches or image.base is not batches[-1]():
+            batches.append(weakref.ref(image.base))
+            held.append(sum(len(b()) for b in batches if b() is not None))
+        return original(image, data)
+
+    monkeypatch.setattr(predict, "in_units", in_units)
+    words = f"predict.py --run_dir {run_dir} --out {tmp_path} --n_maps 0 --n_samples 14"
+    monkeypatch.setattr("sys.argv", words.split())
+    predict.main()
+    assert held == [2, 4, 6, 6, 6, 6, 6]
 
 
 def test_a_sample_can_be_drawn_alone(run_dir, tmp_path):

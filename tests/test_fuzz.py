@@ -145,17 +145,18 @@ def test_strange_entries_of_a_checkpoint(stages):
     def check(where, value):
         torch.save(strange(whole, where, value), path)
         model, averaged = (utils.load_model(stages, "pixelcnn").train() for _ in range(2))
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+        optimizers = train.make_optimizers(model, config["train"])
         state, running = {"in_a_row": 0}, []
         try:
-            log = train.resume(directory, config, model, averaged, optimizer, state, running)
+            log = train.resume(directory, config, model, averaged, optimizers, state, running)
         except utils.UserError as error:
             assert any(s in str(error) for s in ("damaged", "update the code"))  # noqa: PT017
             assert "\n" not in str(error)  # noqa: PT017
             ended.append("refused")
             return
         model(torch.zeros(1, *model.config.size, dtype=torch.long)).sum().backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         train.is_done(log, state, config["train"] | {"patience": 1})
         json.dumps([log, state, running])
         float(np.mean([losses["bits_per_code"] for losses in running] or [0]))

@@ -72,6 +72,34 @@ def test_average_against_a_loop():
     torch.testing.assert_close(averaged.weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_steps_along_the_polar_factor_of_a_kernel(layout):
+    """Against the singular value decomposition: all of the kernel's directions, alike, as far as
+    Adam would go; biases, and all weights of no layer, as Adam does."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Conv2d(8, 2, 1))
+    model.codebook = torch.nn.Parameter(torch.randn(5, 3))
+    model.to(memory_format=layout)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizers = train.make_optimizers(model, {"optimizer": "muon", "beta2": 0.99})
+    assert [o.param_groups[0]["share"] for o in optimizers] == [1, train.MUON_RATE]
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = 0.01
+        optimizer.step()
+    for name, p in model.named_parameters():
+        step = (p - before[name]).detach()
+        if p.dim() < 4:
+            torch.testing.assert_close(step, -0.01 * p.grad.sign(), rtol=1e-3, atol=1e-6)
+            continue
+        u, _, v = torch.linalg.svd(p.grad.flatten(1), full_matrices=False)
+        step = -step.flatten(1) / (0.01 * 0.2 * max(p.flatten(1).shape) ** 0.5)
+        along = u.T @ step @ v.T
+        assert ((along.diag() > 0.6) & (along.diag() < 1.3)).all()
+        torch.testing.assert_close(step, u @ along.diag().diag() @ v, rtol=0, atol=0.02)
+
+
 def stages(data):
     """The commands of both stages, without --run_dir, of the runs below."""
     return {
@@ -330,7 +358,7 @@ def test_a_run_that_cannot_go_on_is_left_as_it_is(data, run_dir, tmp_path, monke
 
     def with_moments_of_nothing():  # 10 TB, were they copied
         checkpoint = torch.load(path / "checkpoint.pt", weights_only=True)
-        moments = checkpoint["optimizer"]["state"][0]
+        moments = checkpoint["optimizers"][0]["state"][0]
         moments["exp_avg"] = torch.zeros(1).expand(1 << 20, 1 << 20)
         torch.save(checkpoint, path / "checkpoint.pt")
 
@@ -361,8 +389,8 @@ def test_a_run_that_cannot_go_on_is_left_as_it_is(data, run_dir, tmp_path, monke
 
     for change, flags, words in (
         (without_checkpoint, "", "without checkpoint.pt"),
-        (with_newer_config, "", "config.json: format version 99, this code reads 1 to 3; update"),
-        (with_newer_checkpoint, "", "point.pt: format version 99, this code reads 1 to 3; update"),
+        (with_newer_config, "", "config.json: format version 99, this code reads 1 to 4; update"),
+        (with_newer_checkpoint, "", "point.pt: format version 99, this code reads 1 to 4; update"),
         (with_moments_of_nothing, "", "damaged .moments of other weights"),
         (with_a_number_beyond_floats, "", "damaged .not the history of a run"),
         (with_a_figure_of_its_own, "", "damaged .not the history of a run"),
@@ -388,12 +416,15 @@ def test_moments_that_repeat_one_number_are_not_written_beyond_it(data, tmp_path
     call(words)
     path = tmp_path / "vq_vae" / "checkpoint.pt"
     checkpoint = torch.load(path, weights_only=True)
-    for moments in checkpoint["optimizer"]["state"].values():
-        moments["exp_avg"] = torch.zeros(1).expand(moments["exp_avg"].shape)
+    for optimizer in checkpoint["optimizers"]:
+        for moments in optimizer["state"].values():
+            for name in moments.keys() - {"step"}:
+                moments[name] = torch.zeros(1).expand(moments[name].shape)
     torch.save(checkpoint, path)
     call(f"{words} --n_updates 7")
-    for moments in torch.load(path, weights_only=True)["optimizer"]["state"].values():
-        assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride()
+    for optimizer in torch.load(path, weights_only=True)["optimizers"]:
+        for moments in optimizer["state"].values():
+            assert all(n > 0 for moment in moments.values() for n in moment.stride())
 
 
 def test_ctrl_c_that_ends_the_reader_of_the_messages_too_loses_nothing(data, tmp_path):
