@@ -102,7 +102,7 @@ def parser():
         "--temperature",
         type=utils.at_least(0.0, float),
         metavar="T",
-        default=0.6,
+        default=0.75,
         help="1 draws from the prior as learned; less gives likelier, less varied slices",
     )
     sample.add_argument(

@@ -55,7 +55,7 @@ PRESETS = {
             model=dict(n_channels=64, n_layers=10, kernel_size=3, dropout=0.1, mirror="auto",
                        order="auto"),
             train=dict(n_updates=1600, batch_size=8, learning_rate=4e-3, log_interval=200,
-                       average=0.99, **MODERN),
+                       average=0.0, **MODERN),
         ),
     },
     "base": {
@@ -441,8 +441,9 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     options = config["train"]
     key, beats = best
     if (directory / "checkpoint.pt").exists() and not args.fresh:
-        options["optimizer"] = utils.read_config(directory)["train"]["optimizer"]
-    optimizers = make_optimizers(model, options)
+        stored = utils.read_config(directory)["train"]  # what no flag says is as it began
+        options |= {name: stored[name] for name in ("optimizer", "average")}
+    optimizers = make_optimizers(model, options, config["precision"])
     averaged = copy.deepcopy(model) if options["average"] else model
     # drawn: slices so far; skipped: updates without a finite gradient; in_a_row: the last of them
     state = {"update": 0, "drawn": 0, "best": None, "best_update": 0, "skipped": 0, "in_a_row": 0}
@@ -542,33 +543,54 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     print(f"{directory}: best validation {key} {best_so_far}{lost}")
 
 
-class Muon(torch.optim.Muon):
-    """Muon, which moves all directions of a matrix alike, of layers: (out, in, ...) is (out, rest).
+class Muon(torch.optim.Optimizer):
+    """Moves all directions of a weight alike: along the polar factor of the mean gradient.
 
-    Jordan et al. 2024, kellerjordan.github.io/posts/muon; its updates are as large as Adam's (Liu
-    et al. 2025, arXiv 2502.16982, eq. 4).
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon; steps are as long as Adam's (Liu et al.
+    2025, arXiv 2502.16982, eq. 4). A weight (N, ...) is taken for the matrix (N, M), as which all
+    of one shape are worked out at once: three times as fast here as `torch.optim.Muon`.
     """
 
-    def __init__(self, weights, **options):
-        self.weights = weights
-        options |= {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
-        super().__init__([as_matrix(weight.detach()) for weight in weights], **options)
+    MOMENTUM = 0.95
 
+    def __init__(self, weights, precision):
+        super().__init__(weights, {"lr": 1.0})
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    @torch.no_grad()
     def step(self):
-        matrices = self.param_groups[0]["params"]
-        for matrix, weight in zip(matrices, self.weights, strict=True):
-            of = weight.grad
-            matrix.grad = of if of is None else as_matrix(torch.empty_like(weight).copy_(of))
-        super().step()
+        (group,) = self.param_groups
+        of_shape = {}
+        for weight in group["params"]:
+            if weight.grad is not None:
+                if not self.state[weight]:
+                    self.state[weight]["momentum"] = torch.zeros_like(weight)
+                mean = self.state[weight]["momentum"].lerp_(weight.grad, 1 - self.MOMENTUM)
+                matrix = weight.grad.lerp(mean, self.MOMENTUM).flatten(1).to(self.dtype)
+                of_shape.setdefault(matrix.shape, []).append((weight, matrix))
+        for shape, pairs in of_shape.items():
+            weights, matrices = zip(*pairs, strict=True)
+            length = 0.2 * max(shape) ** 0.5
+            for weight, step in zip(weights, polar(torch.stack(matrices)), strict=True):
+                weight.add_(step.view(weight.shape), alpha=-length * group["lr"])
 
 
-def as_matrix(weight):
-    """A view of a weight (N, ...) as (N, M), in whatever order its memory has the M."""
-    n, m = len(weight), weight[0].numel()
-    return weight.as_strided((n, m), (m, 1))
+def polar(x, n_steps=5):
+    """Matrices (B, N, M) -> about U V^T of each one's singular value decomposition U S V^T.
+
+    Newton-Schulz steps with the coefficients of Jordan et al., which leave S at 0.7 to 1.2.
+    """
+    if x.shape[1] > x.shape[2]:
+        return polar(x.mT, n_steps).mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(n_steps):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), x,
+                          beta=3.4445)  # fmt: skip
+    return x
 
 
-def make_optimizers(model, options):
+def make_optimizers(model, options, precision):
     """One of each kind of weight, with the `share` that it has of the learning rate."""
     layers = []
     if options["optimizer"] == "muon":
@@ -578,7 +600,7 @@ def make_optimizers(model, options):
     others = [weight for weight in model.parameters() if id(weight) not in own]
     betas = (0.9, options["beta2"])
     optimizers = [torch.optim.AdamW(others, betas=betas, weight_decay=0.0, fused=True)]
-    optimizers += [Muon(layers)] if layers else []
+    optimizers += [Muon(layers, precision)] if layers else []
     for optimizer, share in zip(optimizers, (1, MUON_RATE), strict=False):
         optimizer.param_groups[0]["share"] = share
     return optimizers
@@ -740,7 +762,7 @@ def load_moments(optimizer, stored):
     """Load the moments of an optimizer, perhaps a stranger's; ValueError if they do not fit."""
     (own,) = optimizer.param_groups
     is_muon = isinstance(optimizer, Muon)
-    names = {"momentum_buffer"} if is_muon else {"step", "exp_avg", "exp_avg_sq"}
+    names = {"momentum"} if is_muon else {"step", "exp_avg", "exp_avg_sq"}
     for i, moments in stored["state"].items():
         if moments.keys() != names:
             raise ValueError("moments of another kind")

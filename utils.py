@@ -499,7 +499,7 @@ def read_config(directory):
         raise UserError(f"{path}: not as this code writes it; train this stage again with --fresh")
     older = {f.name: f.default for f in fields(STAGES[directory.name][0])}
     config["model"] = {k: v for k, v in older.items() if v is not MISSING} | config["model"]
-    config["train"].setdefault("optimizer", "adam")
+    config["train"] = {"optimizer": "adam"} | config["train"]
     return config
 
 
@@ -517,7 +517,7 @@ def _is_ours(config):
     kinds = {"preset": str, "precision": str, "model": dict, "train": dict, "data": dict}
     of_data = {"name": str, "layout": str, "fingerprint": str, "is_phantom": bool, "size": list,
                "classes": list, "arguments": dict}  # fmt: skip
-    of_train = {"batch_size": int, "learning_rate": (int, float)}
+    of_train = {"batch_size": int, "learning_rate": (int, float), "average": (int, float)}
     stage, data, model = (config.get(key) for key in ("stage", "data", "model"))
     if not _has(config, kinds) or not _has(data, of_data) or not _has(config["train"], of_train):
         return False

@@ -34,7 +34,8 @@ def main():
     rows = []
     for n, size in SETTINGS:
         torch.manual_seed(0)
-        options = train.PRESETS["demo"]["pixelcnn"]["model"] | {"mirror": "rows"}
+        of_hipmri = {"mirror": "rows", "order": "columns"}
+        options = train.PRESETS["demo"]["pixelcnn"]["model"] | of_hipmri
         model = GatedPixelCNN(PixelCNNConfig(512, size, **options)).eval()
         model.mirror[-1].weight.normal_(std=0.05)
         for layer in model.layers:  # a fresh layer is the identity, which would hide an error

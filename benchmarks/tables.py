@@ -136,16 +136,6 @@ def ablation():
     return table(["change", "updates", "SSIM, validation", "SSIM, test", *QUALITY[1:]], rows)
 
 
-def long():
-    rows = []
-    names = ("long_f8", "f4_ten_minutes", "long_f4", "long_f4_deep", "long_f4_ssim")
-    for found in map(results, names):
-        for name, row in found["rows"].items():
-            seconds = f"{found['seconds_of_one_core']:.0f}"
-            rows.append([name, seconds, row["updates"], *of_test(row["test"])])
-    return table(["change", "processor seconds", "updates", *QUALITY], rows)
-
-
 def prior():
     rows = results("prior")["rows"]
     return table(
@@ -170,40 +160,19 @@ def prior_ablation():
     )  # fmt: skip
 
 
-def prior_updates():
+def prior_drawn():
     rows = []
-    for name, row in results("prior_updates")["rows"].items():
-        update, _, best = min(row["curve"], key=lambda entry: entry[2])
-        _, train, last = row["curve"][-1]
-        values = best, last, train, row["bits_per_code"]
-        rows.append([name, update, *(f"{x:.3f}" for x in values)])
-    return table(["change", "best update", "best validation", "last validation", "last training",
-                  "test, best weights"], rows)  # fmt: skip
-
-
-def mirror():
-    return drawn("mirror", "with mirror", "without")
-
-
-def order():
-    return drawn("order", "column by column", "row by row")
-
-
-def drawn(file, *names):
-    rows = []
-    found = list(results(file)["rows"].values())
-    drawn = [
-        (f"samples, {name}", row["drawn"]["samples"], f"{row['bits_per_code']:.3f}")
-        for name, row in zip(names, found, strict=True)
-    ]
-    drawn += [(kind, found[0]["drawn"][kind], "") for kind in ("real", "reconstructed")]
-    for kind, row, bits in drawn:
+    found = results("prior_drawn")["rows"]
+    sets = [(name, row["drawn"]["samples"], row) for name, row in found.items()]
+    sets += [(kind, found["demo"]["drawn"][kind], None) for kind in ("real", "reconstructed")]
+    for name, row, of in sets:
+        bits = [of["updates"], f"{of['bits_per_code']:.3f}"] if of else ["", ""]
         halves = f"{row['halves_differ']:.3f} +- {row['standard_error']:.3f}"
         broken = f"{100 * row['outline_breaks']:.1f} %"
         others = (f"{row[key]:.3f}" for key in ("frechet", "precision", "recall"))
-        rows.append([kind, bits, halves, broken, *others])
-    head = ["slices", "bits per code, test", "halves differ", "outline breaks", "Fréchet",
-            "precision", "recall"]  # fmt: skip
+        rows.append([name, *bits, halves, broken, *others])
+    head = ["change", "updates", "bits per code, test", "halves differ", "outline breaks",
+            "Fréchet", "precision", "recall"]  # fmt: skip
     return table(head, rows)
 
 
@@ -270,9 +239,11 @@ def temperature():
         levels = ", ".join(f"{x:.0f}" for x in row["wasserstein"])
         names = ("best_match_ssim", "pairwise_ssim", "frechet", "precision", "recall",
                  "halves_differ")  # fmt: skip
-        rows.append([name, *(f"{row[key]:.3f}" for key in names), levels])
+        told = f"{row['told']:.2f}" if "told" in row else ""
+        rows.append([name, *(f"{row[key]:.3f}" for key in names), told, levels])
     head = ["slices", "best match (SSIM)", "pairs (SSIM)", "Fréchet", "precision", "recall",
-            "halves differ", "sliced Wasserstein, fine to coarse"]  # fmt: skip
+            "halves differ", "told from reconstructions",
+            "sliced Wasserstein, fine to coarse"]  # fmt: skip
     return table(head, rows)
 
 
@@ -327,8 +298,8 @@ def flags_predict():
 TABLES = {
     f.__name__: f
     for f in (
-        reconstruction, samples, bits, seconds, reach, vq_vae, ablation, pca, long, prior,
-        prior_ablation, prior_updates, mirror, order, sampling, quantizer, runs, presets,
+        reconstruction, samples, bits, seconds, reach, vq_vae, ablation, pca, prior,
+        prior_ablation, prior_drawn, sampling, quantizer, runs, presets,
         temperature, classes, limit, blind, flags_train, flags_predict,
     )
 }  # fmt: skip

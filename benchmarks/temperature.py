@@ -2,7 +2,7 @@
 
     python benchmarks/temperature.py --run_dir runs/demo
 
-Judges 64 samples per setting against the validation split, as predict.py does against the test
+Judges 192 samples per setting against the validation split, as predict.py does against the test
 split, beside real training slices and their reconstructions. The same random numbers serve every
 setting. Also measured is how much the halves of a slice differ along its first axis, which runs
 from left to right in the phantom and in HipMRI's slices. Writes benchmarks/results/temperature.json
@@ -20,12 +20,11 @@ from scipy.ndimage import gaussian_filter
 
 import predict
 
-N, SHOWN = 64, 8
-SETTINGS = [(0.6, 0), (0.75, 0), (0.9, 0), (1, 0), (0.6, 0.5), (0.75, 0.5), (0.9, 0.5)]
-SETTINGS += [(0.5, 1), (0.6, 1), (0.75, 1), (0.9, 1), (0.6, 2)]
+N, SHOWN = 192, 8
+SETTINGS = [(0.75, 0), (0.9, 0), (1, 0), (0.75, 0.5), (0.9, 0.5), (0.6, 1), (0.75, 1), (0.85, 1)]
 DEFAULT = tuple(predict.parser().get_default(name) for name in ("temperature", "guidance"))
 SETTINGS += [DEFAULT] * (DEFAULT not in SETTINGS)
-PICTURED = [DEFAULT, (0.6, 0), (0.75, 0.5), (1, 0)]
+PICTURED = [DEFAULT, (0.6, 1), (0.75, 0), (1, 0)]
 
 
 def named(temperature, guidance):
@@ -69,10 +68,12 @@ def main():
     data = harness.dataset.load(**({"data": "phantom"} | config["data"]["arguments"]))
     vq_vae, prior = (harness.utils.load_model(args.run_dir, s) for s in harness.utils.STAGES)
     rng, validate = np.random.default_rng(0), data["validate"]
-    train, held = (
-        part.batch(np.sort(rng.choice(len(part), N, replace=False)))[:, 0].numpy()
-        for part in (data["train"], validate)
-    )
+    parts = data["train"], validate
+    which = [np.sort(rng.choice(len(part), N, replace=False)) for part in parts]
+    both = list(zip(parts, which, strict=True))
+    train, held = (part.batch(some)[:, 0].numpy() for part, some in both)
+    patients = [[part.patients[i] for i in some] for part, some in both]
+    coded = metrics.through(vq_vae, held, device)
     sets = {"real": train, "reconstructed": metrics.through(vq_vae, train, device)}
     for t, w in SETTINGS:
         positions = data["train"].positions
@@ -90,6 +91,9 @@ def main():
             "recall": recall,
             "halves_differ": float(np.mean([halves_differ(image) for image in images])),
         }
+        if name != "real":  # which has no blur, and is told by that
+            groups = patients[0] if name == "reconstructed" else None
+            rows[name]["told"], _ = metrics.two_sample_accuracy(images, coded, patients[1], groups)
         print(f"{name:16s} {rows[name]}", flush=True)
     harness.save("temperature", {"data": data.name, "n": N, "rows": rows})
 

@@ -145,7 +145,7 @@ def test_strange_entries_of_a_checkpoint(stages):
     def check(where, value):
         torch.save(strange(whole, where, value), path)
         model, averaged = (utils.load_model(stages, "pixelcnn").train() for _ in range(2))
-        optimizers = train.make_optimizers(model, config["train"])
+        optimizers = train.make_optimizers(model, config["train"], config["precision"])
         state, running = {"in_a_row": 0}, []
         try:
             log = train.resume(directory, config, model, averaged, optimizers, state, running)

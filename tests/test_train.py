@@ -73,7 +73,8 @@ def test_average_against_a_loop():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_muon_steps_along_the_polar_factor_of_a_kernel(layout):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_muon_steps_along_the_polar_factor_of_a_kernel(layout, precision):
     """Against the singular value decomposition: all of the kernel's directions, alike, as far as
     Adam would go; biases, and all weights of no layer, as Adam does."""
     torch.manual_seed(0)
@@ -83,7 +84,7 @@ def test_muon_steps_along_the_polar_factor_of_a_kernel(layout):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    optimizers = train.make_optimizers(model, {"optimizer": "muon", "beta2": 0.99})
+    optimizers = train.make_optimizers(model, {"optimizer": "muon", "beta2": 0.99}, precision)
     assert [o.param_groups[0]["share"] for o in optimizers] == [1, train.MUON_RATE]
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = 0.01
