@@ -5,10 +5,11 @@
 figures/overview.png shows test slices, their codes and reconstructions, and samples,
 figures/architecture.png the layers of a run's networks with the shapes that pass through them,
 figures/receptive_field.png which codes a logit of its prior depends on, figures/curves.png how its
-training went. The rest are what predict.py drew.
+training went, figures/house.png which file imports which. The rest are what predict.py drew.
 """
 
 import argparse
+import ast
 import json
 import sys
 from pathlib import Path
@@ -205,6 +206,47 @@ def curves(run_dir, path):
     plt.close(figure)
 
 
+HOUSE = {  # where each file stands, and what it is for
+    "train": (0.5, 4, "learns a stage"), "predict": (2.5, 4, "scores, draws, reports"),
+    "dataset": (0.5, 3, "what a slice is"), "metrics": (2.5, 3, "how good it is"),
+    "phantom": (-0.1, 2, "the built-in pelvis"), "plots": (1.2, 2, "every figure, the page"),
+    "utils": (1.8, 1, "runs, devices, SSIM"), "modules": (1.8, 0, "the networks of both papers"),
+}  # fmt: skip
+
+
+def imports():
+    """{file: those of ours that it imports, but for what these import themselves}."""
+    found = {}
+    for name in HOUSE:
+        names = set()
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module)
+        found[name] = names & HOUSE.keys()
+
+    def reached(name):
+        return found[name].union(*map(reached, found[name]))
+
+    return {name: of - set().union(*map(reached, of)) for name, of in found.items()}
+
+
+def house(path):
+    """The files, and which imports which."""
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, (x, y, text) in HOUSE.items():
+        box = {"boxstyle": "round", "facecolor": "#e8eef5", "edgecolor": "0.5"}
+        axis.text(x, y, f"{name}.py\n{text}", ha="center", va="center", size=9, bbox=box)
+        for other in imports()[name]:
+            to = HOUSE[other]
+            axis.annotate("", (to[0], to[1] + 0.3), (x, y - 0.3), arrowprops={"arrowstyle": "->"})
+    axis.set(xlim=(-0.7, 3.2), ylim=(-0.4, 4.4))
+    axis.set_axis_off()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--run_dir", type=Path, default=Path("runs/demo"), help="a run after predict.py")
@@ -219,6 +261,7 @@ def main():
     title = utils.data_name(utils.load_config(args.run_dir, "vq_vae"))
     receptive_field(prior, codes, title, figures / "receptive_field.png")
     curves(args.run_dir, figures / "curves.png")
+    house(figures / "house.png")
     for name in COPIED:
         copy_small(args.run_dir / "predict" / f"{name}.png", figures / f"{name}.png")
 

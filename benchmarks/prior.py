@@ -38,7 +38,6 @@ ROWS = {
     "embeddings from nothing": [],
     "averaged weights": [],
     "no dropout": ["--dropout", "0"],
-    "dropout 0.3": ["--dropout", "0.3"],
     "kernel 5": ["--kernel_size", "5"],
     "dilated by 1, 2, 4": [],
     "causal attention halfway": [],
