@@ -499,33 +499,24 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
         while not is_done(log, state, options):
             update = state["update"]
             torch.manual_seed(hash((options["seed"], update)) % 2**63)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["share"] * learning_rate(update, options)
+            rate = learning_rate(update, options)
             model.train()
             losses = loss_of(batch_indices(n_train, batch_size, state["drawn"], options["seed"]))
-            loss = sum(losses.values())
-            model.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options["clip"] or math.inf)
-            is_finite = bool(torch.isfinite(norm))
+            is_finite = step(model, optimizers, sum(losses.values()), rate, options["clip"])
             *values, told = utils.mean_of_all([v.item() for v in losses.values()] + [len(signals)])
             state["in_a_row"] = 0 if is_finite else state["in_a_row"] + 1
             state["skipped"] += not is_finite
             if state["in_a_row"] == 10:
                 raise UserError(diverged.format("10 updates without a finite gradient", update))
             if is_finite:
-                for optimizer in optimizers:
-                    optimizer.step()
                 running.append(dict(zip(losses, values, strict=True)))
             if averaged is not model:
                 average(averaged, model, min(options["average"], (update + 1) / (update + 10)))
             state["update"] += 1
             state["drawn"] += batch_size
             bar.update()
-            rate = bar.format_dict["rate"]
-            if rate:
-                shown["img/s"] = f"{rate * batch_size:.0f}"
+            if pace := bar.format_dict["rate"]:
+                shown["img/s"] = f"{pace * batch_size:.0f}"
             is_last = state["update"] == options["n_updates"]
             is_due = running and (is_last or state["update"] % options["log_interval"] == 0)
             if is_due:
@@ -541,6 +532,24 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     best_so_far = f"{state['best']:.4f} at update {state['best_update']}"
     lost = f"; {state['skipped']} updates without a finite gradient" if state["skipped"] else ""
     print(f"{directory}: best validation {key} {best_so_far}{lost}")
+
+
+def step(model, optimizers, loss, rate, clip):
+    """Move the weights down the gradient of a loss; False, and nothing moved, if it is not finite.
+
+    Args:
+        rate: learning rate. clip: largest norm of the gradient, 0 for any.
+    """
+    model.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    is_finite = bool(torch.isfinite(norm))
+    if is_finite:
+        for optimizer in optimizers:
+            (group,) = optimizer.param_groups
+            group["lr"] = group["share"] * rate
+            optimizer.step()
+    return is_finite
 
 
 class Muon(torch.optim.Optimizer):
@@ -706,7 +715,27 @@ def resume(directory, config, model, averaged, optimizers, state, running):
                 f"{directory}: trained, but without {path.name} to go on from; --fresh starts over"
             )
         return []
-    stored = utils.read_config(directory)
+    compare(directory, utils.read_config(directory), config)
+    try:
+        check_archive(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        utils.check_format(path, checkpoint["format_version"])
+        check_history(checkpoint)
+        model.load_state_dict(checkpoint["model"])
+        if averaged is not model:
+            averaged.load_state_dict(checkpoint["averaged"])
+        states = checkpoint.get("optimizers") or [checkpoint["optimizer"]]  # one before format 4
+        for optimizer, stored in zip(optimizers, states, strict=True):
+            load_moments(optimizer, stored)
+        state |= checkpoint["state"]
+        running += checkpoint.get("running", [])
+        return checkpoint["log"]
+    except Exception as error:
+        raise utils.unusable(path, error, "damaged ({}); start over with --fresh") from error
+
+
+def compare(directory, stored, config):
+    """Raise UserError unless a run with the configuration `stored` may go on with `config`."""
     if stored["precision"] != config["precision"]:
         raise UserError(
             f"{directory}: holds a run in {stored['precision']}; continue it with --precision "
@@ -740,22 +769,6 @@ def resume(directory, config, model, averaged, optimizers, state, running):
             f"note: an update is of {now} x {batch_sizes[0]} slices from here on, after {before} x "
             f"{batch_sizes[1]}; --batch_size is what each process takes"
         )
-    try:
-        check_archive(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        utils.check_format(path, checkpoint["format_version"])
-        check_history(checkpoint)
-        model.load_state_dict(checkpoint["model"])
-        if averaged is not model:
-            averaged.load_state_dict(checkpoint["averaged"])
-        states = checkpoint.get("optimizers") or [checkpoint["optimizer"]]  # one before format 4
-        for optimizer, stored in zip(optimizers, states, strict=True):
-            load_moments(optimizer, stored)
-        state |= checkpoint["state"]
-        running += checkpoint.get("running", [])
-        return checkpoint["log"]
-    except Exception as error:
-        raise utils.unusable(path, error, "damaged ({}); start over with --fresh") from error
 
 
 def load_moments(optimizer, stored):
