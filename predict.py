@@ -595,22 +595,26 @@ def draw_samples(call, label, data):
     name = f"generated, no patient; like {utils.data_name(call.config)}"
     start, lines = time.perf_counter(), prior.config.lines[0]
     images = [np.empty((0, *data.size), np.float32)]
-    share = utils.share(args.n_samples)
-    batches = range(share.start, share.stop, metrics.BATCH)
-    bar = tqdm(total=len(batches) * lines, desc="sampling", unit="line")
-    for first in batches:
-        last = min(first + metrics.BATCH, share.stop)
-        indices = range(args.first_sample + first, args.first_sample + last)
-        paths = [folder / f"sample_{i:05d}.nii.gz" for i in indices]
+    wanted = range(args.first_sample, args.first_sample + args.n_samples)
+    # whole blocks are drawn, always the same: products of another size would be rounded otherwise
+    size = metrics.BATCH
+    blocks = range(wanted.start // size, -(-wanted.stop // size))
+    blocks = blocks[utils.share(len(blocks))]
+    bar = tqdm(total=len(blocks) * lines, desc="sampling", unit="line")
+    for block in blocks:
+        indices = range(block * size, (block + 1) * size)
+        kept = [i for i in indices if i in wanted]
+        paths = [folder / f"sample_{i:05d}.nii.gz" for i in kept]
         pictures = [path.with_name(path.name.replace("nii.gz", "png")) for path in paths]
-        if first >= N_JUDGED and all(path.exists() for path in [*paths, *pictures]):
+        is_judged = kept[0] < wanted.start + N_JUDGED
+        if not is_judged and all(path.exists() for path in [*paths, *pictures]):
             bar.update(lines)
             continue
         # one generator a sample: sample i of a seed is the same whatever --n_samples is
         generators = [utils.generator(args.seed, i) for i in indices]
         picks = [torch.randint(len(depths), (), generator=g).item() for g in generators]
         codes = prior.sample(
-            len(indices),
+            size,
             label=label,
             temperature=args.temperature,
             top_k=args.top_k,
@@ -621,12 +625,13 @@ def draw_samples(call, label, data):
         )
         with torch.inference_mode():
             drawn = call.vq_vae.decode(codes).clamp(0, 1)[:, 0].cpu().numpy()
+        drawn = drawn[kept[0] - indices.start :][: len(kept)]
         for image, path, picture in zip(drawn, paths, pictures, strict=True):
             if not (path.exists() and picture.exists()):
                 save_nifti(in_units(image, data), data.affine, path, name)
                 grey = Image.fromarray(utils.to_uint8(image))
                 utils.write_atomically(picture, functools.partial(grey.save, format="PNG"))
-        if first < N_JUDGED:
+        if is_judged:
             images.append(drawn)
     bar.close()
     images = utils.gathered(torch.from_numpy(np.concatenate(images)))[:N_JUDGED].numpy()

@@ -1,11 +1,12 @@
 """Are samples whole? Sheets for a reader who cannot tell them from reconstructions.
 
     python benchmarks/blind.py --run_dir runs/demo              # writes RUN/blind/sheet*.png
-    python benchmarks/blind.py --run_dir runs/demo --failed 3 17 101
+    python benchmarks/blind.py --run_dir runs/demo --failed 3 17 101 --failed 17 20
 
 The first shuffles the first 64 samples of a run after predict.py among as many reconstructions of
 test slices, numbered, and keeps the key in RUN/blind/key.json. Whoever reads the sheets names the
-tiles that are no whole body; the second looks them up and writes benchmarks/results/blind.json.
+tiles that are no whole body; the second looks up those of each reader and writes
+benchmarks/results/blind.json.
 """
 
 import argparse
@@ -22,19 +23,22 @@ N, SEED, ACROSS, SCALE = 64, 1616, 4, 1.5
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--run_dir", type=Path, required=True, help="a run after predict.py")
-    p.add_argument("--failed", type=int, nargs="*", metavar="TILE", help="tiles that are not whole")
+    text = "tiles that are not whole, once for each reader"
+    p.add_argument("--failed", type=int, nargs="*", action="append", metavar="TILE", help=text)
     args = p.parse_args()
     config = harness.utils.load_config(args.run_dir, "vq_vae")
     folder = args.run_dir / "blind"
     if args.failed is not None:
         key = harness.utils.read_json(folder / "key.json")
-        failed = {kind: [] for kind in ("samples", "reconstructions")}
-        for tile in args.failed:
-            kind, i = key[tile]
-            failed[kind].append(i)
-        print({kind: f"{len(which)} of {N}: {which}" for kind, which in failed.items()})
+        readings = []
+        for tiles in args.failed:
+            failed = {kind: [] for kind in ("samples", "reconstructions")}
+            for kind, i in (key[tile] for tile in sorted(tiles)):
+                failed[kind].append(i)
+            print({kind: f"{len(which)} of {N}: {which}" for kind, which in failed.items()})
+            readings.append(failed)
         name = harness.utils.data_name(config)
-        harness.save("blind", {"data": name, "n": N, "failed": failed})
+        harness.save("blind", {"data": name, "n": N, "readings": readings})
         return
     data = harness.dataset.load(**({"data": "phantom"} | config["data"]["arguments"]))
     vq_vae = harness.utils.load_model(args.run_dir, "vq_vae")

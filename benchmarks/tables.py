@@ -263,9 +263,10 @@ def blind():
     found = results("blind")
     kinds = ("samples", "reconstructions")
     return table(
-        ["data", *kinds],
-        [[found["data"], *(f"{len(found['failed'][k])} of {found['n']}" for k in kinds)]],
-    )
+        ["reader", *kinds],
+        [[i, *(f"{len(failed[k])} of {found['n']}" for k in kinds)]
+         for i, failed in enumerate(found["readings"], 1)],
+    )  # fmt: skip
 
 
 def limit():

@@ -2,7 +2,7 @@
 
     python benchmarks/temperature.py --run_dir runs/demo
 
-Judges 192 samples per setting against the validation split, as predict.py does against the test
+Judges 128 samples per setting against the validation split, as predict.py does against the test
 split, beside real training slices and their reconstructions. The same random numbers serve every
 setting. Also measured is how much the halves of a slice differ along its first axis, which runs
 from left to right in the phantom and in HipMRI's slices. Writes benchmarks/results/temperature.json
@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter
 
 import predict
 
-N, SHOWN = 192, 8
+N, SHOWN = 128, 8
 SETTINGS = [(0.75, 0), (0.9, 0), (1, 0), (0.75, 0.5), (0.9, 0.5), (0.6, 1), (0.75, 1), (0.85, 1)]
 DEFAULT = tuple(predict.parser().get_default(name) for name in ("temperature", "guidance"))
 SETTINGS += [DEFAULT] * (DEFAULT not in SETTINGS)
