@@ -556,8 +556,8 @@ class Muon(torch.optim.Optimizer):
     """Moves all directions of a weight alike: along the polar factor of the mean gradient.
 
     Jordan et al. 2024, kellerjordan.github.io/posts/muon; steps are as long as Adam's (Liu et al.
-    2025, arXiv 2502.16982, eq. 4). A weight (N, ...) is taken for the matrix (N, M), as which all
-    of one shape are worked out at once: three times as fast here as `torch.optim.Muon`.
+    2025, arXiv 2502.16982, eq. 4). A weight (N, ...) is taken for the matrix (N, M). Those of one
+    shape are worked out at once; `torch.optim.Muon`, one by one, takes nearly twice as long.
     """
 
     MOMENTUM = 0.95
@@ -580,8 +580,8 @@ class Muon(torch.optim.Optimizer):
         for shape, pairs in of_shape.items():
             weights, matrices = zip(*pairs, strict=True)
             length = 0.2 * max(shape) ** 0.5
-            for weight, step in zip(weights, polar(torch.stack(matrices)), strict=True):
-                weight.add_(step.view(weight.shape), alpha=-length * group["lr"])
+            for weight, u in zip(weights, polar(torch.stack(matrices)), strict=True):
+                weight.add_(u.view(weight.shape), alpha=-length * group["lr"])
 
 
 def polar(x, n_steps=5):
