@@ -1,7 +1,7 @@
 """What each choice of stage 1 is worth: one change at a time, each on the same budget.
 
-    python benchmarks/ablation.py --data DIR                # a minute of one core per row
-    python benchmarks/ablation.py --data DIR --rows demo f=4 --seconds 600 --out long
+    python benchmarks/ablation.py --data DIR                # 2 minutes of one core per row
+    python benchmarks/ablation.py --data DIR --rows demo "Adam alone" --seconds 60 --out muon
 
 A row is the preset `demo` with the flags named, or with a variant that was tried and is not part of
 the project: the rotation trick (Fifty et al. 2024, arXiv 2410.06424), finite scalar quantisation
@@ -199,7 +199,7 @@ def draw(shown, data, name):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--data", default="phantom", help="folder of slices, as for train.py")
-    p.add_argument("--seconds", type=float, default=60.0, help="of one core, per row")
+    p.add_argument("--seconds", type=float, default=120.0, help="of one core, per row")
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to run")
     p.add_argument("--out", default="ablation", help="name of the file of results")
     p.add_argument("--picture", metavar="NAME", help="draw what the rows make of slices")

@@ -126,9 +126,13 @@ def vq_vae():
     return table(["preset", "updates", *QUALITY, f"SSIM {found['goal']} after"], rows)
 
 
-def ablation():
+def muon():
+    return ablation("muon")
+
+
+def ablation(file="ablation"):
     rows = []
-    for name, row in results("ablation")["rows"].items():
+    for name, row in results(file)["rows"].items():
         cells = [name, row["updates"], f"{row['validate']['ssim']:.4f}", *of_test(row["test"])]
         if name.startswith(("autoencoder", "VAE")):
             cells[-2:] = "none", ""
@@ -299,7 +303,7 @@ def flags_predict():
 TABLES = {
     f.__name__: f
     for f in (
-        reconstruction, samples, bits, seconds, reach, vq_vae, ablation, pca, prior,
+        reconstruction, samples, bits, seconds, reach, vq_vae, muon, ablation, pca, prior,
         prior_ablation, prior_drawn, sampling, quantizer, runs, presets,
         temperature, classes, limit, blind, flags_train, flags_predict,
     )
