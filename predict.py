@@ -568,7 +568,7 @@ def draw_samples(call, label, data):
     names = ("temperature", "guidance", "top_k", "label", "position")
     settings = {name: getattr(args, name) for name in names}
     stamp = {"models": made_by, "seed": args.seed, "data": data.fingerprint, **settings}
-    stamp["most_told"] = prior.MOST_TOLD
+    stamp |= {"most_told": prior.MOST_TOLD, "block": metrics.BATCH}
 
     def is_alike(folder):
         with contextlib.suppress(OSError, ValueError):
@@ -596,7 +596,7 @@ def draw_samples(call, label, data):
     start, lines = time.perf_counter(), prior.config.lines[0]
     images = [np.empty((0, *data.size), np.float32)]
     wanted = range(args.first_sample, args.first_sample + args.n_samples)
-    # whole blocks are drawn, always the same: products of another size would be rounded otherwise
+    # whole blocks are drawn, always the same: products of another size round differently
     size = metrics.BATCH
     blocks = range(wanted.start // size, -(-wanted.stop // size))
     blocks = blocks[utils.share(len(blocks))]

@@ -441,7 +441,7 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     options = config["train"]
     key, beats = best
     if (directory / "checkpoint.pt").exists() and not args.fresh:
-        stored = utils.read_config(directory)["train"]  # what no flag says is as it began
+        stored = utils.read_config(directory)["train"]  # no flag sets these
         options |= {name: stored[name] for name in ("optimizer", "average")}
     optimizers = make_optimizers(model, options, config["precision"])
     averaged = copy.deepcopy(model) if options["average"] else model
@@ -587,7 +587,8 @@ class Muon(torch.optim.Optimizer):
 def polar(x, n_steps=5):
     """Matrices (B, N, M) -> about U V^T of each one's singular value decomposition U S V^T.
 
-    Newton-Schulz steps with the coefficients of Jordan et al., which leave S at 0.7 to 1.2.
+    Newton-Schulz steps with the coefficients of Jordan et al., which leave S at 0.7 to 1.2, but for
+    what is near 0.
     """
     if x.shape[1] > x.shape[2]:
         return polar(x.mT, n_steps).mT
@@ -600,7 +601,7 @@ def polar(x, n_steps=5):
 
 
 def make_optimizers(model, options, precision):
-    """One of each kind of weight, with the `share` that it has of the learning rate."""
+    """Adam, and Muon if the layers' weights have it, each with its `share` of the learning rate."""
     layers = []
     if options["optimizer"] == "muon":
         kinds = nn.Conv2d, nn.ConvTranspose2d, nn.Linear

@@ -490,7 +490,8 @@ def load_config(run_dir, stage):
 def read_config(directory):
     """The config.json of a stage's directory; a UserError if it is not as this code writes it.
 
-    What a run has no word for, since it is older, is as the default of its model says.
+    What a run has no word for, since it is older, is as the default of its model says; its
+    optimizer was Adam.
     """
     path = directory / "config.json"
     config = read_json(path)
@@ -520,6 +521,10 @@ def _is_ours(config):
     of_train = {"batch_size": int, "learning_rate": (int, float), "average": (int, float)}
     stage, data, model = (config.get(key) for key in ("stage", "data", "model"))
     if not _has(config, kinds) or not _has(data, of_data) or not _has(config["train"], of_train):
+        return False
+    if config["train"].get("optimizer", "adam") not in ("adam", "muon"):
+        return False
+    if not 0 <= config["train"]["average"] < 1:
         return False
     kinds = {"data": str, "image_size": list, "split_seed": int, "split_policy": str, "plane": str,
              "group_regex": str, "slices": int, "skip_unreadable": bool}  # fmt: skip

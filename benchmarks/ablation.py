@@ -206,6 +206,7 @@ def main():
     args = p.parse_args()
     data = harness.load(args.data)
     budget = {"data": data.name, "seconds_of_one_core": args.seconds}
+    budget["demo"] = harness.train.PRESETS["demo"]["vq_vae"]  # rows are changes of it
     rows = harness.rows_so_far(args.out, budget)
     shown = {"slices": some_slices(data)[:, 0].numpy()}
     with ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:

@@ -235,10 +235,11 @@ def imports():
 def house(path):
     """The files, and which imports which."""
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    of_each = imports()
     for name, (x, y, text) in HOUSE.items():
         box = {"boxstyle": "round", "facecolor": "#e8eef5", "edgecolor": "0.5"}
         axis.text(x, y, f"{name}.py\n{text}", ha="center", va="center", size=9, bbox=box)
-        for other in imports()[name]:
+        for other in of_each[name]:
             to = HOUSE[other]
             axis.annotate("", (to[0], to[1] + 0.3), (x, y - 0.3), arrowprops={"arrowstyle": "->"})
     axis.set(xlim=(-0.7, 3.2), ylim=(-0.4, 4.4))

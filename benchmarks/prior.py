@@ -296,7 +296,7 @@ def ablation(data, base, args):
     budget = {"data": data.name, "seconds_of_one_core": seconds}
     if args.draw:
         budget |= {"drawn": args.draw, **settings}
-    budget["demo"] = harness.train.PRESETS["demo"]["pixelcnn"]["model"]  # rows are changes of it
+    budget["demo"] = harness.train.PRESETS["demo"]["pixelcnn"]  # rows are changes of it
     rows = harness.rows_so_far(out, budget)
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
         of_all = seconds, args.draw, settings, args.keep

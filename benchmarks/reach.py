@@ -5,8 +5,7 @@
 In each test slice, the lines of codes more than so many before the last part (drawn row by row, the
 last 12 of 32 in the phantom: one of two hips) are replaced by those of another patient's slice at
 the same place of its volume. If the prior used them, the codes of the last part would cost more
-bits. Writes
-benchmarks/results/OUT.json.
+bits. Writes benchmarks/results/OUT.json.
 """
 
 import argparse
