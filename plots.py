@@ -93,6 +93,11 @@ def _panels(rows, columns, size, width=1.15):
     return figure, axes
 
 
+def _grey_bar(figure, axes):
+    label = "intensity (1: 99.5th percentile)"
+    figure.colorbar(axes.flat[0].images[0], ax=axes, label=label, fraction=0.05, aspect=12)
+
+
 def reconstructions(x, x_hat, titles, path, config, protocol):
     """Rows of slice, reconstruction and their difference; x, x_hat: (N, H, W) in [0, 1]."""
     figure, axes = _panels(3, len(x), x.shape[1:])
@@ -103,7 +108,9 @@ def reconstructions(x, x_hat, titles, path, config, protocol):
         axes[1, i].set_title(titles[i], fontsize=8)
     for axis, text in zip(axes[:, 0], ("slice", "reconstruction", "difference"), strict=True):
         axis.set_ylabel(text)
-    figure.colorbar(shown, ax=axes[2], label="reconstruction - slice", fraction=0.05, aspect=12)
+    label = "reconstruction - slice"
+    figure.colorbar(shown, ax=axes[2], label=label, extend="both", fraction=0.05, aspect=12)
+    _grey_bar(figure, axes[:2])
     text = f"reconstructions of the {protocol['split']} split"
     _save(figure, path, config, text)
 
@@ -140,6 +147,7 @@ def samples(images, path, config, note):
         axis.set_axis_off()
     for axis, image in zip(axes.flat, images, strict=False):
         axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+    _grey_bar(figure, axes)
     _save(figure, path, config, f"generated slices ({note})")
 
 
@@ -158,10 +166,12 @@ def surprise(x, bits, bodies, path, config):
         )  # fmt: skip
         if bodies[i].any() and not bodies[i].all():
             axes[1, i].contour(bodies[i], levels=[0.5], colors="w", linewidths=0.5)
-        axes[1, i].set_title(f"{bits[i].mean():.2f} bits", fontsize=9)
+        axes[1, i].set_title(f"mean {bits[i].mean():.2f}", fontsize=9)
     axes[0, 0].set_ylabel("slice")
     axes[1, 0].set_ylabel("surprise")
-    figure.colorbar(shown, ax=axes[1], label="bits per code", fraction=0.05, aspect=12)
+    label = "bits per code"
+    figure.colorbar(shown, ax=axes[1], label=label, extend="max", fraction=0.05, aspect=12)
+    _grey_bar(figure, axes[:1])
     _save(figure, path, config, "what the prior did not expect, -log2 p of each code")
 
 
@@ -181,6 +191,7 @@ def completions(whole, hidden, drawn, path, config, note):
     for axis, text in zip(axes[0], ["reconstruction", "given"], strict=False):
         axis.set_title(text, fontsize=9)
     axes[0, 2].set_title("drawn inside the line", fontsize=9, loc="left")
+    _grey_bar(figure, axes)
     _save(figure, path, config, f"completions ({note})")
 
 
@@ -199,7 +210,9 @@ def nearest(images, neighbours, titles, path, config):
         shown = axes[2, i].imshow(difference, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
     for axis, text in zip(axes[:, 0], ("sample", "training slice", "difference"), strict=True):
         axis.set_ylabel(text)
-    figure.colorbar(shown, ax=axes[2], label="sample - slice", fraction=0.05, aspect=12)
+    label = "sample - slice"
+    figure.colorbar(shown, ax=axes[2], label=label, extend="both", fraction=0.05, aspect=12)
+    _grey_bar(figure, axes[:2])
     _save(figure, path, config, "the samples most like a training slice, and that slice")
 
 
@@ -242,7 +255,9 @@ def interpolations(images, path, config):
         for j, (axis, image) in enumerate(zip(row, of_row, strict=True)):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1)
             axis.set_title(f"{j / (columns - 1):.2f}", fontsize=9)
-    _save(figure, path, config, "between two slices, a straight line between their codes")
+    _grey_bar(figure, axes)
+    text = "a straight line between two slices' codes; above each, the share of the right one"
+    _save(figure, path, config, text)
 
 
 def data_set(data, out):
@@ -352,9 +367,20 @@ def report(result, config, out, run_dir):
     if s := result["samples"]:
         drawn = {key: value for key, value in s.items() if not isinstance(value, dict)}
         parts += ["<h2>Samples</h2>", _table(drawn), *_pictures(out, "samples")]
-        judged = {key: value for key, value in s.items() if isinstance(value, dict)}
+        kinds = ("samples", "real", "reconstructions")
+        judged = {key: {kind: value[kind] for kind in kinds if kind in value}
+                  for key, value in s.items() if isinstance(value, dict)}  # fmt: skip
+        if told := s.get("two_sample_accuracy"):
+            low, high = told["samples_ci95"]
+            of_samples = f"{told['samples']:.3f} ({low:.3f} to {high:.3f})"
+            judged["two_sample_accuracy (95 %)"] = judged.pop("two_sample_accuracy") | {
+                "samples": of_samples
+            }
         if judged:
             parts += ["<h3>Each figure beside that of real slices</h3>", _columns(judged)]
+        if near := s.get("nearest_training_ssim"):
+            rest = {key: value for key, value in near.items() if key not in kinds}
+            parts += ["<h3>Copies of training slices</h3>", _table(rest)]
         parts += _pictures(out, "nearest", "completions")
     parts += ["<h2>Protocol</h2>", _table(result["protocol"])]
     parts += ["<h2>Training</h2>"]

@@ -55,6 +55,9 @@ PROTOCOL = {
     "slices",
     "samples": f"the first {N_JUDGED} at most, against as many slices of the split; real: training "
     "slices; reconstructions: of the split's slices",
+    "pairwise_ssim": "mean over 512 random pairs",
+    "nearest_training_ssim": "found as the best match is; real: slices of the split, looked up "
+    "among the training slices; reconstructions: theirs",
     "wasserstein": "per Laplacian level, fine to coarse: 64 patches of 7 x 7 per slice, 256 "
     "directions, times 1000",
     "frechet": "of the encoder's output, averaged over each quarter of the slice",
@@ -67,7 +70,8 @@ PROTOCOL = {
     "two_sample_accuracy": "4 folds, by patient; a network of four strided convolutions on the "
     "slice and what a 3 x 3 mean takes away, "
     f"{metrics.JUDGE_UPDATES} updates and one for each slice it learns from, on crops of "
-    f"{metrics.CROP}, as many of each kind; Wilson's interval, widened to that of a bootstrap over "
+    f"{metrics.CROP}, as many of each kind; samples against reconstructions of the split, real: of "
+    "training slices against the same; Wilson's interval, widened to that of a bootstrap over "
     "patients and samples",
 }
 
@@ -307,7 +311,9 @@ def publish(out, final, folder):
             for path in samples_in(folder):
                 move(path)
             move(folder / "settings.json")
-        if folder is not None or not (out / "samples").exists():  # else a call may yet go on
+        # else a call may yet go on: one without samples was not asked, a long one takes hours
+        n_left = len(samples_in(out / "samples")) // 2 if folder != out / "samples" else 0
+        if not n_left or (folder is not None and n_left <= N_JUDGED):
             shutil.rmtree(out)
     except OSError as error:
         message = f"{error.filename or final}: cannot be replaced ({error.strerror})"
@@ -506,6 +512,8 @@ def save_nifti(image, affine, path, description):
     """Write an image (H, W) as NIfTI, whole or not at all."""
     nifti = nib.Nifti1Image(image[:, :, None], affine)
     nifti.header["descrip"] = description.encode()[:79]
+    if not np.array_equal(affine, np.eye(4)):  # that of pictures, whose pixels have no size
+        nifti.header.set_xyzt_units("mm")
     packed = gzip.compress(nifti.to_bytes(), mtime=0)
     utils.write_atomically(path, lambda temporary: temporary.write_bytes(packed))
 
@@ -576,12 +584,13 @@ def draw_samples(call, label, data):
         return False
 
     folder = out.parent / "samples"
-    n_others = sum(path.suffix == ".png" for path in samples_in(folder))
-    if not is_alike(folder) and n_others > max(args.n_samples, N_JUDGED):
-        raise UserError(
-            f"{folder}: holds {n_others} samples of other settings, which this call would replace; "
-            "give another --out, or delete them"
-        )
+    for place in [folder] if is_alike(folder) else [folder, out / "samples"]:
+        n_others = sum(path.suffix == ".png" for path in samples_in(place))
+        if not is_alike(place) and n_others > max(args.n_samples, N_JUDGED):
+            raise UserError(
+                f"{place}: holds {n_others} samples of other settings, which this call would "
+                "replace; give another --out, or delete them"
+            )
     folder = folder if is_alike(folder) else out / "samples"
     if utils.processes()[0] == 0:
         remove(folder, [".*.tmp"])  # of a process that was killed
@@ -689,13 +698,13 @@ def judge_samples(call, images, learned):
         "copies_among_real": int((of_real >= limit).sum()),
     }
     pairs = zip(nearest, ssim, strict=True)
-    rows = [{"sample": i, "ssim": float(s), **origin(learned.slices[k])}
+    rows = [{"sample": i, "ssim": float(s), "copy": bool(s >= limit), **origin(learned.slices[k])}
             for i, (k, s) in enumerate(pairs, first)]  # fmt: skip
     write_csv(call.out / "nearest.csv", rows)
     order = np.argsort(-ssim)[:N_SHOWN]
     neighbours = learned.batch(nearest[order])[:, 0].numpy()
-    titles = [(f"sample {rows[i]['sample']}", f"SSIM {ssim[i]:.3f}\n{rows[i]['patient'][-12:]}")
-              for i in order]  # fmt: skip
+    titles = [(f"sample {rows[i]['sample']}" + rows[i]["copy"] * "\nA COPY",
+               f"SSIM {ssim[i]:.3f}\n{rows[i]['patient'][-12:]}") for i in order]  # fmt: skip
     plots.nearest(images[order], neighbours, titles, call.out / "nearest.png", call.config)
     if n < 8:
         print(

@@ -173,13 +173,13 @@ def receptive_field(prior, codes, title, path):
     ours, theirs = (x.T if is_turned else x for x in (ours, theirs))
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 5), layout="constrained")
     titles = (f"{prior.config.n_layers} masked 3 x 3, untrained", "this prior, trained")
-    for axis, gradient, title in zip(axes, (theirs, ours), titles, strict=True):
+    for axis, gradient, text in zip(axes, (theirs, ours), titles, strict=True):
         shown = (gradient > 0) * (gradient / gradient.max()).clamp(min=1e-6).log10()
         shown = torch.where(gradient > 0, shown, torch.nan)
         image = axis.imshow(shown, cmap="viridis", vmin=-4, vmax=0)
         axis.set_facecolor("0.85")
         axis.plot(place[1], place[0], "r+", markersize=10)
-        axis.set(title=title, xlabel="column of codes", ylabel="row of codes")
+        axis.set(title=text, xlabel="column of codes", ylabel="row of codes")
     figure.suptitle(title)
     figure.colorbar(image, ax=axes, label="gradient of the logits at +, log10 of its share")
     figure.savefig(path, dpi=110)

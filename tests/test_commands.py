@@ -463,11 +463,39 @@ def test_a_copied_training_slice_is_flagged(
     for i in range(4):  # and what it copies is named
         copied = slices["train"].slices[4 * i]
         row = rows[i + n_noise // 2]
+        assert row["copy"] == "True"
         named = row["sample"], row["file"], row["patient"]
         assert named == (str(first + i), Path(copied.path).name, copied.patient)
     assert near["highest_sample"] == pytest.approx(1, abs=1e-4)
     if is_itself:
         assert near["copies_among_real"] == len(images)
+
+
+def test_a_long_export_that_was_interrupted_is_not_thrown_away(run_dir, tmp_path, monkeypatch):
+    """By a call with other settings, or with those of the samples that are there."""
+    monkeypatch.setattr(predict.metrics, "BATCH", 2)
+    monkeypatch.setattr(predict, "N_JUDGED", 2)
+
+    def predict_with(flags):
+        words = f"predict.py --run_dir {run_dir} --out {tmp_path} --n_maps 0 --n_samples {flags}"
+        monkeypatch.setattr("sys.argv", words.split())
+        predict.main()
+
+    predict_with("2")
+    with monkeypatch.context() as patch:
+        patch.setattr(predict.plots, "samples", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            predict_with("6 --seed 1")
+    unfinished = tmp_path / ".unfinished" / "samples"
+    before = contents(unfinished)
+    predict_with("2")
+    with pytest.raises(utils.UserError, match="unfinished/samples: holds 6 samples of other"):
+        predict_with("2 --seed 2")
+    assert contents(unfinished) == before
+    predict_with("6 --seed 1")
+    kept = {p.name for p in before}
+    assert {p.name for p in contents(tmp_path / "samples")} == kept
+    assert not unfinished.exists()
 
 
 def test_predicting_twice_gives_the_same(run_dir, tmp_path):
@@ -771,8 +799,33 @@ def test_weights_cut_short(stage, run_dir, tmp_path):
     weights = broken / stage / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     mistake(f"predict.py --run_dir {broken}", f"{stage}/model.safetensors", "--fresh")
+    other = next(name for name in utils.STAGES if name != stage)
+    shutil.copy(run_dir / other / "model.safetensors", weights)
+    before = contents(broken)
+    mistake(f"predict.py --run_dir {broken}", f"{stage}/model.safetensors", "--fresh")
     (broken / stage / "config.json").write_text("{")
     mistake(f"predict.py --run_dir {broken}", f"{stage}/config.json", "--fresh")
+    (broken / stage / "config.json").write_bytes(before[broken / stage / "config.json"])
+    assert contents(broken) == before
+
+
+def test_a_run_without_stage_2_is_scored(run_dir, tmp_path):
+    """Samples are said to be skipped."""
+    shutil.copytree(run_dir / "vq_vae", tmp_path / "run" / "vq_vae")
+    out, err = call(f"predict.py --run_dir {tmp_path / 'run'}")
+    assert "has no prior, so no samples are drawn" in err
+    assert "samples        skipped (no prior)" in out
+    result = json.loads((tmp_path / "run" / "predict" / "metrics.json").read_text())
+    assert result["samples"] is None
+    assert result["reconstruction"]["n_slices"] == 3
+
+
+def test_fewer_slices_than_samples_are_judged_and_it_is_said(run_dir, tmp_path):
+    words = f"--run_dir {run_dir} --split train --n_samples 20 --n_maps 0 --out {tmp_path}"
+    _, err = call([*QUICK, *words.split()])
+    assert "note: 18 samples are judged, as the train split has no more slices" in err
+    rows = list(csv.DictReader((tmp_path / "nearest.csv").open()))
+    assert len(rows) == 20
 
 
 def test_a_prior_of_another_vq_vae_is_not_used(run_dir, data, tmp_path):
