@@ -135,6 +135,7 @@ def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(precision, data, 
     whole, run = tmp_path / "whole", tmp_path / "run"
     for (stage, flags), half in zip(stages(data).items(), (3, 2), strict=True):
         flags += f" --precision {precision}"
+        flags += " --preset base" * (stage == "pixelcnn")  # which averages its weights
         call(f"train.py --run_dir {whole} {flags}")
         stop_after(run, flags, half)
         call(f"train.py --run_dir {run} {flags}")
