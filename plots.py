@@ -300,6 +300,7 @@ figure { margin: 1rem 0; break-inside: avoid; }
 figcaption { font-size: 0.9rem; color: #444; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; } td, th { padding: 0.2rem 0.8rem 0.2rem 0; text-align: left; }
+td { overflow-wrap: anywhere; }
 tr { border-bottom: 1px solid #ddd; }
 .phantom { background: #fe9; padding: 0.5rem; }
 pre { font-size: 0.8rem; white-space: pre-wrap; overflow-wrap: anywhere; }

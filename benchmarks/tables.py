@@ -165,18 +165,32 @@ def prior_ablation():
 
 
 def prior_drawn():
+    return drawn("prior_drawn", "demo", "no dropout")
+
+
+def mirror():
+    return drawn("mirror", "with mirror", "without")
+
+
+def order():
+    return drawn("order", "column by column", "row by row")
+
+
+def drawn(file, *names):
     rows = []
-    found = results("prior_drawn")["rows"]
-    sets = [(name, row["drawn"]["samples"], row) for name, row in found.items()]
-    sets += [(kind, found["demo"]["drawn"][kind], None) for kind in ("real", "reconstructed")]
-    for name, row, of in sets:
-        bits = [of["updates"], f"{of['bits_per_code']:.3f}"] if of else ["", ""]
+    found = list(results(file)["rows"].values())
+    drawn = [
+        (f"samples, {name}", row["drawn"]["samples"], f"{row['bits_per_code']:.3f}")
+        for name, row in zip(names, found, strict=True)
+    ]
+    drawn += [(kind, found[0]["drawn"][kind], "") for kind in ("real", "reconstructed")]
+    for kind, row, bits in drawn:
         halves = f"{row['halves_differ']:.3f} +- {row['standard_error']:.3f}"
         broken = f"{100 * row['outline_breaks']:.1f} %"
         others = (f"{row[key]:.3f}" for key in ("frechet", "precision", "recall"))
-        rows.append([name, *bits, halves, broken, *others])
-    head = ["change", "updates", "bits per code, test", "halves differ", "outline breaks",
-            "Fréchet", "precision", "recall"]  # fmt: skip
+        rows.append([kind, bits, halves, broken, *others])
+    head = ["slices", "bits per code, test", "halves differ", "outline breaks", "Fréchet",
+            "precision", "recall"]  # fmt: skip
     return table(head, rows)
 
 
@@ -304,7 +318,7 @@ TABLES = {
     f.__name__: f
     for f in (
         reconstruction, samples, bits, seconds, reach, vq_vae, muon, ablation, pca, prior,
-        prior_ablation, prior_drawn, sampling, quantizer, runs, presets,
+        prior_ablation, prior_drawn, mirror, order, sampling, quantizer, runs, presets,
         temperature, classes, limit, blind, flags_train, flags_predict,
     )
 }  # fmt: skip
