@@ -441,8 +441,10 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     options = config["train"]
     key, beats = best
     if (directory / "checkpoint.pt").exists() and not args.fresh:
-        stored = utils.read_config(directory)["train"]  # no flag sets these
-        options |= {name: stored[name] for name in ("optimizer", "average")}
+        stored = utils.read_config(directory)["train"]  # presets change from version to version
+        for name in ("n_updates", "log_interval", "optimizer", "average"):
+            if getattr(args, name, None) is None:
+                options[name] = stored[name]
     optimizers = make_optimizers(model, options, config["precision"])
     averaged = copy.deepcopy(model) if options["average"] else model
     # drawn: slices so far; skipped: updates without a finite gradient; in_a_row: the last of them

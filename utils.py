@@ -518,13 +518,14 @@ def _is_ours(config):
     kinds = {"preset": str, "precision": str, "model": dict, "train": dict, "data": dict}
     of_data = {"name": str, "layout": str, "fingerprint": str, "is_phantom": bool, "size": list,
                "classes": list, "arguments": dict}  # fmt: skip
-    of_train = {"batch_size": int, "learning_rate": (int, float), "average": (int, float)}
+    of_train = {"batch_size": int, "n_updates": int, "log_interval": int,
+                "learning_rate": (int, float), "average": (int, float)}  # fmt: skip
     stage, data, model = (config.get(key) for key in ("stage", "data", "model"))
     if not _has(config, kinds) or not _has(data, of_data) or not _has(config["train"], of_train):
         return False
-    if config["train"].get("optimizer", "adam") not in ("adam", "muon"):
-        return False
-    if not 0 <= config["train"]["average"] < 1:
+    train = {"optimizer": "adam"} | config["train"]
+    is_ours = train["optimizer"] in ("adam", "muon") and 0 <= train["average"] < 1
+    if not is_ours or min(train["n_updates"], train["log_interval"]) < 1:
         return False
     kinds = {"data": str, "image_size": list, "split_seed": int, "split_policy": str, "plane": str,
              "group_regex": str, "slices": int, "skip_unreadable": bool}  # fmt: skip
