@@ -375,13 +375,14 @@ def precision_recall(real, made, k=3):
     return float(precision), float(recall)
 
 
-def nearest(images, reference, n_candidates=16, desc=None):
+def nearest(images, reference, n_candidates=16, desc=None, total=None):
     """The reference slice most like each image by SSIM.
 
     Candidates are those with the least mean squared difference at a quarter of the resolution.
 
     Args:
-        images: (N, H, W) in [0, 1]; reference: `dataset.SliceSplit` of R slices.
+        images: N of (H, W) in [0, 1]; total: how many, for the bar, where `images` does not tell.
+        reference: `dataset.SliceSplit` of R slices.
     Returns:
         indices (N,) into reference, their SSIM (N,).
     """
@@ -392,7 +393,7 @@ def nearest(images, reference, n_candidates=16, desc=None):
     parts = _batches(len(reference), None)
     coarse = torch.cat([small(reference.batch(np.arange(p.start, p.stop))) for p in parts])
     best = []
-    for image in tqdm(images, desc=desc, unit="slice", disable=desc is None):
+    for image in tqdm(images, desc=desc, total=total, unit="slice", disable=desc is None):
         x = torch.from_numpy(np.asarray(image, dtype=np.float32))[None, None]
         far = (coarse - small(x)).square().sum(1)
         candidates = far.topk(min(n_candidates, len(reference)), largest=False).indices.numpy()

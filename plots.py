@@ -93,9 +93,11 @@ def _panels(rows, columns, size, width=1.15):
     return figure, axes
 
 
-def _grey_bar(figure, axes):
-    label = "intensity (1: 99.5th percentile)"
-    figure.colorbar(axes.flat[0].images[0], ax=axes, label=label, fraction=0.05, aspect=12)
+def _bar(axes, label="intensity (1: 99.5th percentile)", extend="neither"):
+    """A colour bar beside the axes, of the image in the first of them."""
+    first = axes.flat[0]
+    options = {"label": label, "extend": extend, "fraction": 0.05, "aspect": 12}
+    first.figure.colorbar(first.images[0], ax=axes, **options)
 
 
 def reconstructions(x, x_hat, titles, path, config, protocol):
@@ -104,13 +106,12 @@ def reconstructions(x, x_hat, titles, path, config, protocol):
     for i in range(len(x)):
         axes[0, i].imshow(x[i], cmap="gray", vmin=0, vmax=1)
         axes[1, i].imshow(x_hat[i], cmap="gray", vmin=0, vmax=1)
-        shown = axes[2, i].imshow(x_hat[i] - x[i], cmap="RdBu_r", vmin=-0.3, vmax=0.3)
+        axes[2, i].imshow(x_hat[i] - x[i], cmap="RdBu_r", vmin=-0.3, vmax=0.3)
         axes[1, i].set_title(titles[i], fontsize=8)
     for axis, text in zip(axes[:, 0], ("slice", "reconstruction", "difference"), strict=True):
         axis.set_ylabel(text)
-    label = "reconstruction - slice"
-    figure.colorbar(shown, ax=axes[2], label=label, extend="both", fraction=0.05, aspect=12)
-    _grey_bar(figure, axes[:2])
+    _bar(axes[2], "reconstruction - slice", "both")
+    _bar(axes[:2])
     text = f"reconstructions of the {protocol['split']} split"
     _save(figure, path, config, text)
 
@@ -147,7 +148,7 @@ def samples(images, path, config, note):
         axis.set_axis_off()
     for axis, image in zip(axes.flat, images, strict=False):
         axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-    _grey_bar(figure, axes)
+    _bar(axes)
     _save(figure, path, config, f"generated slices ({note})")
 
 
@@ -160,7 +161,7 @@ def surprise(x, bits, bodies, path, config):
     h, w = x.shape[1:]
     for i in range(len(x)):
         axes[0, i].imshow(x[i], cmap="gray", vmin=0, vmax=1)
-        shown = axes[1, i].imshow(
+        axes[1, i].imshow(
             bits[i], cmap="magma", vmin=0, vmax=np.percentile(bits, 99.5),
             extent=(-0.5, w - 0.5, h - 0.5, -0.5), interpolation="bilinear",
         )  # fmt: skip
@@ -169,9 +170,8 @@ def surprise(x, bits, bodies, path, config):
         axes[1, i].set_title(f"mean {bits[i].mean():.2f}", fontsize=9)
     axes[0, 0].set_ylabel("slice")
     axes[1, 0].set_ylabel("surprise")
-    label = "bits per code"
-    figure.colorbar(shown, ax=axes[1], label=label, extend="max", fraction=0.05, aspect=12)
-    _grey_bar(figure, axes[:1])
+    _bar(axes[1], "bits per code", "max")
+    _bar(axes[0])
     _save(figure, path, config, "what the prior did not expect, -log2 p of each code")
 
 
@@ -191,7 +191,7 @@ def completions(whole, hidden, drawn, path, config, note):
     for axis, text in zip(axes[0], ["reconstruction", "given"], strict=False):
         axis.set_title(text, fontsize=9)
     axes[0, 2].set_title("drawn inside the line", fontsize=9, loc="left")
-    _grey_bar(figure, axes)
+    _bar(axes)
     _save(figure, path, config, f"completions ({note})")
 
 
@@ -207,12 +207,11 @@ def nearest(images, neighbours, titles, path, config):
         axes[1, i].imshow(neighbours[i], cmap="gray", vmin=0, vmax=1)
         axes[1, i].set_title(titles[i][1], fontsize=8)
         difference = images[i] - neighbours[i]
-        shown = axes[2, i].imshow(difference, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
+        axes[2, i].imshow(difference, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
     for axis, text in zip(axes[:, 0], ("sample", "training slice", "difference"), strict=True):
         axis.set_ylabel(text)
-    label = "sample - slice"
-    figure.colorbar(shown, ax=axes[2], label=label, extend="both", fraction=0.05, aspect=12)
-    _grey_bar(figure, axes[:2])
+    _bar(axes[2], "sample - slice", "both")
+    _bar(axes[:2])
     _save(figure, path, config, "the samples most like a training slice, and that slice")
 
 
@@ -255,7 +254,7 @@ def interpolations(images, path, config):
         for j, (axis, image) in enumerate(zip(row, of_row, strict=True)):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1)
             axis.set_title(f"{j / (columns - 1):.2f}", fontsize=9)
-    _grey_bar(figure, axes)
+    _bar(axes)
     text = "a straight line between two slices' codes; above each, the share of the right one"
     _save(figure, path, config, text)
 
@@ -373,10 +372,8 @@ def report(result, config, out, run_dir):
                   for key, value in s.items() if isinstance(value, dict)}  # fmt: skip
         if told := s.get("two_sample_accuracy"):
             low, high = told["samples_ci95"]
-            of_samples = f"{told['samples']:.3f} ({low:.3f} to {high:.3f})"
-            judged["two_sample_accuracy (95 %)"] = judged.pop("two_sample_accuracy") | {
-                "samples": of_samples
-            }
+            with_interval = f"{told['samples']:.3f} (95 % {low:.3f} to {high:.3f})"
+            judged["two_sample_accuracy"]["samples"] = with_interval
         if judged:
             parts += ["<h3>Each figure beside that of real slices</h3>", _columns(judged)]
         if near := s.get("nearest_training_ssim"):

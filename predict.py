@@ -53,8 +53,8 @@ PROTOCOL = {
     "bits_per_code": "mean over slices of -log2 p(code | codes before it, label, position)",
     "rate": f"best quality whose 8-bit file, headers included, fits; else the worst; {N_PACKED} "
     "slices",
-    "samples": f"the first {N_JUDGED} at most, against as many slices of the split; real: training "
-    "slices; reconstructions: of the split's slices",
+    "samples": f"the first {N_JUDGED} at most, but for copies, which are sought among all; against "
+    "as many slices of the split; real: training slices; reconstructions: of the split's slices",
     "pairwise_ssim": "mean over 512 random pairs",
     "nearest_training_ssim": "found as the best match is; real: slices of the split, looked up "
     "among the training slices; reconstructions: theirs",
@@ -213,7 +213,9 @@ def predict(args, device, held):
     if has_samples:
         images, folder = draw_samples(call, label, learned or data)
         if learned is not None:
-            judge_samples(call, images, learned["train"])
+            first, n = args.first_sample, args.n_samples
+            rest = [picture_of(folder, i) for i in range(first + len(images), first + n)]
+            judge_samples(call, images, rest, learned["train"])
         complete(call, codes, labels)
     utils.write_json(call.out / "metrics.json", result)
     plots.report(result, call.shown, call.out, run_dir)
@@ -560,6 +562,10 @@ def sampling_note(args):
     return note + (f", top {args.top_k}" if args.top_k else "")
 
 
+def picture_of(folder, i):
+    return folder / f"sample_{i:05d}.png"
+
+
 def draw_samples(call, label, data):
     """Sample slices, each written as NIfTI and PNG as soon as it is drawn; figure of the first.
 
@@ -613,8 +619,8 @@ def draw_samples(call, label, data):
     for block in blocks:
         indices = range(block * size, (block + 1) * size)
         kept = [i for i in indices if i in wanted]
-        paths = [folder / f"sample_{i:05d}.nii.gz" for i in kept]
-        pictures = [path.with_name(path.name.replace("nii.gz", "png")) for path in paths]
+        pictures = [picture_of(folder, i) for i in kept]
+        paths = [picture.with_suffix(".nii.gz") for picture in pictures]
         is_judged = kept[0] < wanted.start + N_JUDGED
         if not is_judged and all(path.exists() for path in [*paths, *pictures]):
             bar.update(lines)
@@ -655,8 +661,11 @@ def draw_samples(call, label, data):
     return images, folder
 
 
-def judge_samples(call, images, learned):
+def judge_samples(call, images, rest, learned):
     """Are the samples good, varied, new? Each figure beside that of as many real slices.
+
+    All are looked up among the slices `learned` from, the others of a long export from their
+    pictures, `rest`; what else is judged are the first, `images` (N, H, W).
 
     The yardstick "real" are the slices `learned` from, judged against the split as the samples are;
     for novelty, slices of the split, looked up among the learned ones as the samples are.
@@ -674,7 +683,16 @@ def judge_samples(call, images, learned):
             for name in which}  # fmt: skip
     held, train = real["held"], real["train"]
 
-    nearest, ssim = metrics.nearest(images, learned, desc="nearest training slice")
+    def sample(i):
+        if i < len(images):
+            return images[i]
+        with Image.open(rest[i - len(images)]) as picture:
+            return np.asarray(picture, np.float32) / 255
+
+    n_all = len(images) + len(rest)
+    nearest, ssim = metrics.nearest(
+        map(sample, range(n_all)), learned, desc="nearest training slice", total=n_all
+    )
     _, of_real = metrics.nearest(held, learned, desc="the same for real slices")
     coded = metrics.through(vq_vae, held, device)  # as blurred as samples, which raises SSIM
     _, of_coded = metrics.nearest(coded, learned, desc="and for their reconstructions")
@@ -689,7 +707,7 @@ def judge_samples(call, images, learned):
         "highest_sample": float(ssim.max()),
         "highest_real": float(of_real.max()),
         "highest_reconstruction": float(of_coded.max()),
-        "looked_up": len(images),
+        "looked_up": n_all,
         "copy_from": limit,
         "copies": [int(i) for i in first + np.flatnonzero(ssim >= limit)],
         "nearer_than_any_reconstruction": [
@@ -705,7 +723,8 @@ def judge_samples(call, images, learned):
     neighbours = learned.batch(nearest[order])[:, 0].numpy()
     titles = [(f"sample {rows[i]['sample']}" + rows[i]["copy"] * "\nA COPY",
                f"SSIM {ssim[i]:.3f}\n{rows[i]['patient'][-12:]}") for i in order]  # fmt: skip
-    plots.nearest(images[order], neighbours, titles, call.out / "nearest.png", call.config)
+    shown = np.stack([sample(i) for i in order])
+    plots.nearest(shown, neighbours, titles, call.out / "nearest.png", call.config)
     if n < 8:
         print(
             "note: copies are looked for, but samples are judged further only where there are 8 of "
@@ -794,8 +813,6 @@ def summarise(result, out, data, split):
         print(f"samples        {s['n']} in {s['seconds']:.1f} s")
         if near := s.get("nearest_training_ssim"):
             line = f"{len(near['copies'])} copies of training slices"
-            if near["looked_up"] < s["n"]:
-                line += f" among the first {near['looked_up']}"
             if "judged" in s:
                 match, told = s["best_match_ssim"], s["two_sample_accuracy"]
                 real = f"(real slices {match['real']:.3f})"

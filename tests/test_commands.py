@@ -452,7 +452,7 @@ def test_a_copied_training_slice_is_flagged(
         vq_vae=utils.load_model(run_dir, "vq_vae"), result={"samples": {}},
         split=slices["train" if is_itself else "test"],
     )  # fmt: skip
-    predict.judge_samples(call_of_it, images, slices["train"])
+    predict.judge_samples(call_of_it, images, [], slices["train"])
     result = call_of_it.result["samples"]
     assert ("judged" in result) == (n_noise == 4 and is_itself)  # the test split is too small
     near = result["nearest_training_ssim"]
@@ -469,6 +469,30 @@ def test_a_copied_training_slice_is_flagged(
     assert near["highest_sample"] == pytest.approx(1, abs=1e-4)
     if is_itself:
         assert near["copies_among_real"] == len(images)
+
+
+def test_decoded_training_slices_are_copies_wherever_in_an_export(run_dir, tmp_path, monkeypatch):
+    """As a prior that remembers them would draw them; those beyond the judged are on disk only."""
+    monkeypatch.setattr(metrics, "JUDGE_UPDATES", 4)
+    config = utils.load_config(run_dir, "vq_vae")
+    slices = dataset.load(**config["data"]["arguments"], progress=False)
+    vq_vae = utils.load_model(run_dir, "vq_vae")
+    coded = metrics.through(vq_vae, slices["train"].batch(range(18))[:, 0].numpy(), "cpu")
+    rest = [tmp_path / f"{i}.png" for i in range(18)]
+    for image, path in zip(coded, rest, strict=True):
+        Image.fromarray(utils.to_uint8(image)).save(path)
+    noise = np.random.default_rng(0).random((2, *slices.size), np.float32)
+    call_of_it = SimpleNamespace(
+        args=SimpleNamespace(seed=0, n_samples=20, first_sample=0, label=None, position=None),
+        device="cpu", config=config, out=tmp_path, vq_vae=vq_vae, result={"samples": {}},
+        split=slices["test"],
+    )  # fmt: skip
+    predict.judge_samples(call_of_it, noise, rest, slices["train"])
+    near = call_of_it.result["samples"]["nearest_training_ssim"]
+    assert near["looked_up"] == 20
+    assert len(set(near["copies"]) & set(range(2, 20))) >= 17  # the limit is a fifth percentile
+    assert not {0, 1} & set(near["copies"])
+    assert len(list(csv.DictReader((tmp_path / "nearest.csv").open()))) == 20
 
 
 def test_a_long_export_that_was_interrupted_is_not_thrown_away(run_dir, tmp_path, monkeypatch):
