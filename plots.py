@@ -94,10 +94,9 @@ def _panels(rows, columns, size, width=1.15):
 
 
 def _bar(axes, label="intensity (1: 99.5th percentile)", extend="neither"):
-    """A colour bar beside the axes, of the image in the first of them."""
-    first = axes.flat[0]
+    """A colour bar beside a row of axes, of the image in the first of them."""
     options = {"label": label, "extend": extend, "fraction": 0.05, "aspect": 12}
-    first.figure.colorbar(first.images[0], ax=axes, **options)
+    axes[0].figure.colorbar(axes[0].images[0], ax=axes, **options)
 
 
 def reconstructions(x, x_hat, titles, path, config, protocol):
@@ -111,7 +110,7 @@ def reconstructions(x, x_hat, titles, path, config, protocol):
     for axis, text in zip(axes[:, 0], ("slice", "reconstruction", "difference"), strict=True):
         axis.set_ylabel(text)
     _bar(axes[2], "reconstruction - slice", "both")
-    _bar(axes[:2])
+    _bar(axes[0])
     text = f"reconstructions of the {protocol['split']} split"
     _save(figure, path, config, text)
 
@@ -148,7 +147,7 @@ def samples(images, path, config, note):
         axis.set_axis_off()
     for axis, image in zip(axes.flat, images, strict=False):
         axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-    _bar(axes)
+    _bar(axes[0])
     _save(figure, path, config, f"generated slices ({note})")
 
 
@@ -191,7 +190,7 @@ def completions(whole, hidden, drawn, path, config, note):
     for axis, text in zip(axes[0], ["reconstruction", "given"], strict=False):
         axis.set_title(text, fontsize=9)
     axes[0, 2].set_title("drawn inside the line", fontsize=9, loc="left")
-    _bar(axes)
+    _bar(axes[0])
     _save(figure, path, config, f"completions ({note})")
 
 
@@ -211,7 +210,7 @@ def nearest(images, neighbours, titles, path, config):
     for axis, text in zip(axes[:, 0], ("sample", "training slice", "difference"), strict=True):
         axis.set_ylabel(text)
     _bar(axes[2], "sample - slice", "both")
-    _bar(axes[:2])
+    _bar(axes[0])
     _save(figure, path, config, "the samples most like a training slice, and that slice")
 
 
@@ -254,8 +253,8 @@ def interpolations(images, path, config):
         for j, (axis, image) in enumerate(zip(row, of_row, strict=True)):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1)
             axis.set_title(f"{j / (columns - 1):.2f}", fontsize=9)
-    _bar(axes)
-    text = "a straight line between two slices' codes; above each, the share of the right one"
+    _bar(axes[0])
+    text = "between two slices' codes; above each, the share of the right one"
     _save(figure, path, config, text)
 
 
