@@ -383,6 +383,7 @@ class PixelCNNConfig:
     n_classes: int = 0  # number of labels; 0 for none
     n_depths: int = 8  # places along a volume between which the atlas of `GatedPixelCNN` is mixed
     mirror: str = "none"  # or "rows", "columns": their second half also sees the first one, flipped
+    summary: bool = False  # whether each line is told what those before it are like on the whole
     order: str = "rows"  # or "columns": which of the two follow one another as codes are drawn
 
     def __post_init__(self):
@@ -393,6 +394,8 @@ class PixelCNNConfig:
             raise ValueError(f"order must be 'rows' or 'columns', not {self.order!r}")
         if self.n_layers < 1:
             raise ValueError(f"n_layers must be at least 1, not {self.n_layers}")
+        if self.summary and self.n_channels % Summary.HEADS:
+            raise ValueError(f"n_channels must divide by {Summary.HEADS}, not {self.n_channels}")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
         if not 0 <= self.dropout < 1:
@@ -500,6 +503,42 @@ class Mirror(nn.Sequential):
         return F.pad(half, (0, 0, n - n // 2, 0) if self.axis == 2 else (n - n // 2, 0))
 
 
+class Summary(nn.Module):
+    """What all lines drawn so far are like, on the whole, told to each code of the next one.
+
+    A slice has one brightness and one contrast. A stack of small kernels sees a few lines, so that
+    they fade to the mean as codes follow one another, and all samples look alike. Each head takes a
+    mean of its own over the codes so far, weighted by what they are: attention without queries.
+    """
+
+    HEADS = 4
+
+    def __init__(self, config):
+        super().__init__()
+        c = config.n_channels
+        self.values = nn.Conv2d(c, c, 1)
+        self.weights = nn.Conv2d(c, self.HEADS, 1)
+        self.inner = nn.Conv2d(c, c, 1)
+        self.out = nn.Conv2d(c, c, 1)
+
+    def forward(self, e):
+        """Embeddings (B, C, h, w) -> what is told to each line (B, C, h, 1)."""
+        return self.told(F.pad(self.of_lines(e).cumsum(2), (0, 0, 1, 0))[:, :, :-1])
+
+    def of_lines(self, e):
+        """Embeddings (B, C, h, w) -> sums over each line (B, C + HEADS, h, 1)."""
+        weights = self.weights(e).clamp(max=8).exp()
+        share = weights.repeat_interleave(e.shape[1] // self.HEADS, 1)
+        parts = torch.cat([share * self.values(e), weights], 1)
+        return parts.sum(3, keepdim=True, dtype=e.dtype)
+
+    def told(self, sums):
+        """Sums over the lines so far (B, C + HEADS, h, 1) -> (B, C, h, 1)."""
+        total, weights = sums[:, : -self.HEADS], sums[:, -self.HEADS :]
+        share = weights.repeat_interleave(total.shape[1] // self.HEADS, 1)
+        return self.out(F.relu(self.inner(total / (share + 1e-3))))
+
+
 class GatedPixelCNN(nn.Module):
     """p(codes) = prod_i p(code_i | codes above and to the left of i, label, depth), [2] eq. 1, 4.
 
@@ -507,9 +546,10 @@ class GatedPixelCNN(nn.Module):
     in its volume, also picks from a learned atlas of the grid, a map of C channels for each of
     `n_depths` places along the volume: what lies where depends on the depth above all, and the
     network need not carry that from code to code. With `mirror` the second half of the grid also
-    sees the first one, flipped (see `Mirror`). With the order "columns" it is the column that is
-    drawn code after code: grids are turned on their way in and out, and all that is said of rows
-    and columns between holds of the turned grid.
+    sees the first one, flipped (see `Mirror`); with `summary` each code is told what the lines
+    before its own are like on the whole (see `Summary`). With the order "columns" it is the column
+    that is drawn code after code: grids are turned on their way in and out, and all that is said of
+    rows and columns between holds of the turned grid.
     """
 
     # Guidance favours no code more: where a code never occurs, whatever label and depth, both
@@ -528,6 +568,7 @@ class GatedPixelCNN(nn.Module):
         self.label = nn.Parameter(torch.empty(config.n_classes + 1, c))
         self.conditions = nn.Linear(c, 2 * c * config.n_layers, bias=False)
         self.mirror = None if config.mirror == "none" else Mirror(config)
+        self.summary = Summary(config) if config.summary else None
         self.layers = nn.ModuleList(GatedLayer(config) for _ in range(config.n_layers))
         self.head = nn.Sequential(
             nn.ReLU(), nn.Conv2d(c, 2 * c, 1), nn.ReLU(), nn.Conv2d(2 * c, config.n_embeddings, 1)
@@ -541,6 +582,8 @@ class GatedPixelCNN(nn.Module):
             nn.init.normal_(parameter, std=0.02)
         if self.mirror is not None:
             nn.init.zeros_(self.mirror[-1].weight)
+        if self.summary is not None:
+            nn.init.zeros_(self.summary.out.weight)
         for layer in self.layers:
             nn.init.zeros_(layer.v_out.weight)  # each layer starts as the identity
             nn.init.zeros_(layer.h_out.weight)
@@ -582,6 +625,9 @@ class GatedPixelCNN(nn.Module):
             h = h + image
             if self.mirror.axis == 2:  # known before the row begins
                 v = v + image
+        if self.summary is not None:
+            told = self.summary(e)
+            v, h = v + told, h + told
         for layer, condition in zip(self.layers, conditions, strict=True):
             v, h = layer(v, h, condition)
         logits = self.head(h)
@@ -702,11 +748,14 @@ class GatedPixelCNN(nn.Module):
         inner = gated[:, :c]  # the last column multiplies the bias
         hidden, last = ((conv.weight.flatten(1), conv.bias) for conv in self.head[1::2])
         previous_row = torch.zeros(n, c, columns, **like)
-        of_h = atlas.clone()  # the mirror image is added as it becomes known
+        sums = torch.zeros(n, c + Summary.HEADS, 1, 1, **like)  # over the rows so far
         for i in range(rows):
             if axis == 2 and i == rows - rows // 2:
-                atlas = of_h = atlas + self.mirror(self._known(codes))
-            v = previous_row + atlas[:, :, i]  # (n, C, w)
+                atlas = atlas + self.mirror(self._known(codes))
+            known = atlas[:, :, i]  # (n, C, w), beside the codes next to each of this row
+            if self.summary is not None:
+                known = known + self.summary.told(sums)[:, :, 0]
+            v = previous_row + known
             from_above = []  # per layer, what the horizontal stack adds at each column
             for layer, condition, window in zip(self.layers, conditions, above, strict=True):
                 window.copy_(window.roll(-1, 2))
@@ -720,8 +769,8 @@ class GatedPixelCNN(nn.Module):
             for j in range(columns):
                 if axis == 3 and j == columns - columns // 2:
                     rows_above = codes[:, max(0, i - Mirror.REACH) : i + 1]
-                    of_h[:, :, i] += self.mirror(self._known(rows_above))[:, :, -1]
-                torch.add(code_left, of_h[:, :, i, j], out=place[j][0])
+                    known = known + self.mirror(self._known(rows_above))[:, :, -1]
+                torch.add(code_left, known[:, :, j], out=place[j][0])
                 for k in range(n_layers):
                     torch.addmm(from_above[k][j], covered[j][k], kernels[k], out=x)
                     x.tanh_()
@@ -732,6 +781,8 @@ class GatedPixelCNN(nn.Module):
                 yield *place_in_slice, F.linear(F.relu(F.linear(h, *hidden)), *last)  # self.head
                 code_left = self.embedding(codes[:, i, j])
             previous_row = self.embedding(codes[:, i]).transpose(1, 2)
+            if self.summary is not None:
+                sums = sums + self.summary.of_lines(previous_row[:, :, None])
 
     def _known(self, codes):
         """(n, h, w) codes, anything where not drawn yet -> embeddings (n, C, h, w)."""

@@ -54,7 +54,7 @@ PROTOCOL = {
     "rate": f"best quality whose 8-bit file, headers included, fits; else the worst; {N_PACKED} "
     "slices",
     "samples": f"the first {N_JUDGED} at most, but for copies, which are sought among all; against "
-    "as many slices of the split; real: training slices; reconstructions: of the split's slices",
+    "as many slices of the split; real: training slices; reconstructions: theirs",
     "pairwise_ssim": "mean over 512 random pairs",
     "nearest_training_ssim": "found as the best match is; real: slices of the split, looked up "
     "among the training slices; reconstructions: theirs",
@@ -110,7 +110,7 @@ def parser():
         help="1 draws from the prior as learned; less gives likelier, less varied slices",
     )
     sample.add_argument(
-        "--guidance", type=utils.at_least(0.0, float), metavar="W", default=1.0,
+        "--guidance", type=utils.at_least(0.0, float), metavar="W", default=0.5,
         help="how much more a slice shall look like its position and label: 0 draws as learned, in "
         "half the time",
     )
@@ -664,24 +664,79 @@ def draw_samples(call, label, data):
 def judge_samples(call, images, rest, learned):
     """Are the samples good, varied, new? Each figure beside that of as many real slices.
 
-    All are looked up among the slices `learned` from, the others of a long export from their
-    pictures, `rest`; what else is judged are the first, `images` (N, H, W).
+    What is judged are the first, `images` (N, H, W) in [0, 1]; copies are sought among the others
+    of a long export too, by their pictures, `rest`.
 
-    The yardstick "real" are the slices `learned` from, judged against the split as the samples are;
-    for novelty, slices of the split, looked up among the learned ones as the samples are.
+    The yardsticks are slices `learned` from ("real") and, as blurred as samples are, their
+    reconstructions, judged against the split as the samples are; for novelty, slices of the split
+    and theirs, looked up among the learned ones as the samples are.
     """
-    split, vq_vae, seed, device = call.split, call.vq_vae, call.args.seed, call.device
-    result = call.result["samples"]
+    args, split, vq_vae, device = call.args, call.split, call.vq_vae, call.device
+    result, seed = call.result["samples"], args.seed
     n = min(len(images), len(split), len(learned), N_JUDGED)
     rng = np.random.default_rng(seed)
-    which = {
-        name: np.sort(rng.choice(len(part), n, replace=False))
-        for name, part in (("train", learned), ("held", split))
-    }
+    pairs = [(x, np.sort(rng.choice(len(x), n, replace=False))) for x in (learned, split)]
+    train, held = (x.batch(which)[:, 0].numpy() for x, which in pairs)
+    train_groups, held_groups = ([x.patients[i] for i in which] for x, which in pairs)
+    coded = metrics.through(vq_vae, held, device)  # as blurred as samples, which raises SSIM
+    seek_copies(call, images, rest, held, coded, learned)
+    if n < 8:
+        print(
+            "note: copies are looked for, but samples are judged further only where there are 8 of "
+            "them, 8 slices to compare with, and 8 that were learned from",
+            file=sys.stderr,
+        )
+        return
+    if n < min(args.n_samples, N_JUDGED):
+        few = min((len(split), f"the {args.split} split"), (len(learned), "training"))
+        print(f"note: {n} samples are judged, as {few[1]} has no more slices", file=sys.stderr)
+    if args.label or args.position is not None:
+        print(
+            "note: samples of one label or position are judged against slices of all, so that "
+            "recall and variety say less",
+            file=sys.stderr,
+        )
+
     made = images[:n]
-    real = {name: (learned if name == "train" else split).batch(which[name])[:, 0].numpy()
-            for name in which}  # fmt: skip
-    held, train = real["held"], real["train"]
+    seen = {"samples": made, "real": train}
+    seen["reconstructions"] = metrics.through(vq_vae, train, device)
+    features = {name: metrics.features(vq_vae, x, device) for name, x in seen.items()}
+    of_held = metrics.features(vq_vae, held, device)
+    result["judged"] = n
+    among = {kind: metrics.precision_recall(of_held, f) for kind, f in features.items()}
+    result |= {
+        "wasserstein": {k: metrics.sliced_wasserstein(x, held, seed) for k, x in seen.items()},
+        "frechet": {k: metrics.frechet_distance(f, of_held) for k, f in features.items()},
+        "precision": {kind: precision for kind, (precision, _) in among.items()},
+        "recall": {kind: recall for kind, (_, recall) in among.items()},
+        "pairwise_ssim": {k: metrics.pairwise_ssim(x, seed) for k, x in seen.items()},
+        "best_match_ssim": {
+            kind: float(metrics.nearest(x, split, desc=f"best match of {kind}")[1].mean())
+            for kind, x in seen.items()
+        },
+    }
+    if min(len(set(names)) for names in (train_groups, held_groups)) < 2:
+        result["two_sample_accuracy"] = None  # no patient would be left to test with
+        return
+    accuracy, interval = metrics.two_sample_accuracy(
+        made, coded, held_groups, seed=seed, desc="telling samples from real"
+    )
+    yardstick, _ = metrics.two_sample_accuracy(
+        seen["reconstructions"], coded, held_groups, train_groups, seed, desc="real from real"
+    )
+    result["two_sample_accuracy"] = {
+        "samples": accuracy, "samples_ci95": interval, "real": yardstick,
+    }  # fmt: skip
+
+
+def seek_copies(call, images, rest, held, coded, learned):
+    """Look samples up among the slices `learned` from; figure and table of the nearest.
+
+    Args:
+        images: the first samples (N, H, W) in [0, 1]; rest: pictures of the others, on disk.
+        held, coded: real slices not learned from, and their reconstructions, looked up likewise.
+    """
+    first, device = call.args.first_sample, call.device
 
     def sample(i):
         if i < len(images):
@@ -694,13 +749,11 @@ def judge_samples(call, images, rest, learned):
         map(sample, range(n_all)), learned, desc="nearest training slice", total=n_all
     )
     _, of_real = metrics.nearest(held, learned, desc="the same for real slices")
-    coded = metrics.through(vq_vae, held, device)  # as blurred as samples, which raises SSIM
     _, of_coded = metrics.nearest(coded, learned, desc="and for their reconstructions")
-    some = learned.batch(plots.picks(len(learned), max(n, 64)))[:, 0].numpy()
-    pairs = zip(some, metrics.through(vq_vae, some, device), strict=True)
-    first = call.args.first_sample
+    some = learned.batch(plots.picks(len(learned), max(len(held), 64)))[:, 0].numpy()
+    pairs = zip(some, metrics.through(call.vq_vae, some, device), strict=True)
     limit = float(np.percentile([metrics.slice_scores(x, y)["ssim"] for x, y in pairs], 5))
-    result["nearest_training_ssim"] = {
+    call.result["samples"]["nearest_training_ssim"] = {
         "samples": float(ssim.mean()),
         "real": float(of_real.mean()),
         "reconstructions": float(of_coded.mean()),
@@ -725,54 +778,6 @@ def judge_samples(call, images, rest, learned):
                f"SSIM {ssim[i]:.3f}\n{rows[i]['patient'][-12:]}") for i in order]  # fmt: skip
     shown = np.stack([sample(i) for i in order])
     plots.nearest(shown, neighbours, titles, call.out / "nearest.png", call.config)
-    if n < 8:
-        print(
-            "note: copies are looked for, but samples are judged further only where there are 8 of "
-            "them, 8 slices to compare with, and 8 that were learned from",
-            file=sys.stderr,
-        )
-        return
-    if n < min(call.args.n_samples, N_JUDGED):
-        few = min((len(split), f"the {call.args.split} split"), (len(learned), "training"))
-        print(f"note: {n} samples are judged, as {few[1]} has no more slices", file=sys.stderr)
-    if call.args.label or call.args.position is not None:
-        print(
-            "note: samples of one label or position are judged against slices of all, so that "
-            "recall and variety say less",
-            file=sys.stderr,
-        )
-
-    again = {"held": coded, "train": metrics.through(vq_vae, train, device)}
-    seen = {"samples": made, "real": train, "reconstructions": again["held"]}
-    features = {name: metrics.features(vq_vae, x, device) for name, x in seen.items()}
-    of_held = metrics.features(vq_vae, held, device)
-    result["judged"] = n
-    among = {kind: metrics.precision_recall(of_held, f) for kind, f in features.items()}
-    result |= {
-        "wasserstein": {k: metrics.sliced_wasserstein(x, held, seed) for k, x in seen.items()},
-        "frechet": {k: metrics.frechet_distance(f, of_held) for k, f in features.items()},
-        "precision": {kind: precision for kind, (precision, _) in among.items()},
-        "recall": {kind: recall for kind, (_, recall) in among.items()},
-        "pairwise_ssim": {k: metrics.pairwise_ssim(x, seed) for k, x in seen.items()},
-        "best_match_ssim": {
-            kind: float(metrics.nearest(x, split, desc=f"best match of {kind}")[1].mean())
-            for kind, x in (("samples", made), ("real", train))
-        },
-    }
-    groups = {"held": [split.patients[i] for i in which["held"]],
-              "train": [learned.patients[i] for i in which["train"]]}  # fmt: skip
-    if min(len(set(names)) for names in groups.values()) < 2:
-        result["two_sample_accuracy"] = None  # no patient would be left to test with
-        return
-    accuracy, interval = metrics.two_sample_accuracy(
-        made, again["held"], groups["held"], seed=seed, desc="telling samples from real"
-    )
-    yardstick, _ = metrics.two_sample_accuracy(
-        again["train"], again["held"], groups["held"], groups["train"], seed, desc="real from real"
-    )
-    result["two_sample_accuracy"] = {
-        "samples": accuracy, "samples_ci95": interval, "real": yardstick,
-    }  # fmt: skip
 
 
 def in_units(image, data):

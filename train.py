@@ -53,7 +53,7 @@ PRESETS = {
         ),
         "pixelcnn": dict(
             model=dict(n_channels=64, n_layers=10, kernel_size=3, dropout=0.1, mirror="auto",
-                       order="auto"),
+                       summary=True, order="auto"),
             train=dict(n_updates=1600, batch_size=8, learning_rate=4e-3, log_interval=200,
                        average=0.0, **MODERN),
         ),
@@ -68,7 +68,7 @@ PRESETS = {
         ),
         "pixelcnn": dict(
             model=dict(n_channels=128, n_layers=15, kernel_size=3, dropout=0.2, mirror="auto",
-                       order="auto"),
+                       summary=True, order="auto"),
             train=dict(n_updates=30000, batch_size=32, learning_rate=1e-3, log_interval=500,
                        average=0.999, **MODERN),
         ),
@@ -83,7 +83,7 @@ PRESETS = {
         ),
         "pixelcnn": dict(
             model=dict(n_channels=64, n_layers=15, kernel_size=3, dropout=0.0, mirror="none",
-                       order="rows"),
+                       summary=False, order="rows"),
             train=dict(n_updates=5000, batch_size=32, learning_rate=3e-4, log_interval=50,
                        **CLASSIC),
         ),
@@ -308,9 +308,12 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
         tuple(torch.from_numpy(x) for x in (codes[s], data[s].labels, data[s].positions))
         for s in ("train", "validate")
     )
+    directory = run_dir / "pixelcnn"
+    if goes_on(directory, args):  # one of before there were summaries does without
+        settings["model"]["summary"] = utils.read_config(directory)["model"]["summary"]
     for name in ("mirror", "order"):
         if settings["model"][name] == "auto":
-            settings["model"][name] = auto(name, args, run_dir / "pixelcnn", data["train"])
+            settings["model"][name] = auto(name, args, directory, data["train"])
     model_config = configure(
         PixelCNNConfig,
         {
@@ -346,12 +349,16 @@ def train_pixelcnn(args, run_dir, settings, data, device, first):
         return {"bits_per_code": float(every.mean(dtype=torch.float64))}
 
     best = ("bits_per_code", operator.lt)
-    fit(args, run_dir / "pixelcnn", config, model, len(train[0]), loss_of, score, best)
+    fit(args, directory, config, model, len(train[0]), loss_of, score, best)
+
+
+def goes_on(directory, args):
+    return (directory / "checkpoint.pt").exists() and not args.fresh
 
 
 def auto(name, args, directory, split):
     """What "auto" stands for: what a run that goes on has, else what suits the evener axis."""
-    if (directory / "checkpoint.pt").exists() and not args.fresh:
+    if goes_on(directory, args):
         return utils.read_config(directory)["model"][name]
     axis = evener_axis(split)
     return axis if name == "mirror" else {"rows": "columns", "columns": "rows"}[axis]
@@ -440,7 +447,7 @@ def fit(args, directory, config, model, n_train, loss_of, score, best):
     """
     options = config["train"]
     key, beats = best
-    if (directory / "checkpoint.pt").exists() and not args.fresh:
+    if goes_on(directory, args):
         stored = utils.read_config(directory)["train"]  # presets change from version to version
         for name in ("n_updates", "log_interval", "optimizer", "average"):
             if getattr(args, name, None) is None:

@@ -1,7 +1,7 @@
 """What each choice of stage 1 is worth: one change at a time, each on the same budget.
 
     python benchmarks/ablation.py --data DIR                # 2 minutes of one core per row
-    python benchmarks/ablation.py --data DIR --rows demo "Adam alone" --seconds 60 --out muon
+    python benchmarks/ablation.py --data DIR --rows demo "no revival" --seconds 60 --out mine
 
 A row is the preset `demo` with the flags named, or with a variant that was tried and is not part of
 the project: the rotation trick (Fifty et al. 2024, arXiv 2410.06424), finite scalar quantisation

@@ -17,7 +17,7 @@ import temperature
 import torch
 
 N, SHOWN, PLACE, AROUND = 32, 8, 0.4, 0.1
-GUIDANCE = [0, 1, 2]
+GUIDANCE = [0, 0.5, 1, 2]
 
 
 def dark_share(images):

@@ -32,6 +32,7 @@ ROWS = {
     "demo": [],
     "Adam alone": [],
     "no mirror": ["--mirror", "none"],
+    "no summary": [],
     "row by row": ["--order", "rows"],
     "column by column": ["--order", "columns"],
     "no depth": [],
@@ -168,6 +169,8 @@ def apply(row):
             train.PRESETS["demo"]["pixelcnn"]["train"]["average"] = 0.99
         elif change == "Adam alone":
             train.PRESETS["demo"]["pixelcnn"]["train"]["optimizer"] = "adam"
+        elif change == "no summary":
+            train.PRESETS["demo"]["pixelcnn"]["model"]["summary"] = False
         elif change == "embeddings from nothing":
             train.GatedPixelCNN.start_from = ClassicPrior.start_from
         elif change == "no depth":

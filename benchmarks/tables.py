@@ -126,13 +126,9 @@ def vq_vae():
     return table(["preset", "updates", *QUALITY, f"SSIM {found['goal']} after"], rows)
 
 
-def muon():
-    return ablation("muon")
-
-
-def ablation(file="ablation"):
+def ablation():
     rows = []
-    for name, row in results(file)["rows"].items():
+    for name, row in results("ablation")["rows"].items():
         cells = [name, row["updates"], f"{row['validate']['ssim']:.4f}", *of_test(row["test"])]
         if name.startswith(("autoencoder", "VAE")):
             cells[-2:] = "none", ""
@@ -164,27 +160,14 @@ def prior_ablation():
     )  # fmt: skip
 
 
-def prior_drawn():
-    return drawn("prior_drawn", "demo", "no dropout")
-
-
-def mirror():
-    return drawn("mirror", "with mirror", "without")
-
-
-def order():
-    return drawn("order", "column by column", "row by row")
-
-
-def drawn(file, *names):
-    rows = []
-    found = list(results(file)["rows"].values())
-    drawn = [
+def drawn():
+    rows, found = [], results("drawn")["rows"]
+    sets = [
         (f"samples, {name}", row["drawn"]["samples"], f"{row['bits_per_code']:.3f}")
-        for name, row in zip(names, found, strict=True)
+        for name, row in found.items()
     ]
-    drawn += [(kind, found[0]["drawn"][kind], "") for kind in ("real", "reconstructed")]
-    for kind, row, bits in drawn:
+    sets += [(kind, found["demo"]["drawn"][kind], "") for kind in ("real", "reconstructed")]
+    for kind, row, bits in sets:
         halves = f"{row['halves_differ']:.3f} +- {row['standard_error']:.3f}"
         broken = f"{100 * row['outline_breaks']:.1f} %"
         others = (f"{row[key]:.3f}" for key in ("frechet", "precision", "recall"))
@@ -317,9 +300,9 @@ def flags_predict():
 TABLES = {
     f.__name__: f
     for f in (
-        reconstruction, samples, bits, seconds, reach, vq_vae, muon, ablation, pca, prior,
-        prior_ablation, prior_drawn, mirror, order, sampling, quantizer, runs, presets,
-        temperature, classes, limit, blind, flags_train, flags_predict,
+        reconstruction, samples, bits, seconds, reach, vq_vae, ablation, pca, prior,
+        prior_ablation, drawn, sampling, quantizer, runs, presets, temperature, classes, limit,
+        blind, flags_train, flags_predict,
     )
 }  # fmt: skip
 

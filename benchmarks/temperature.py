@@ -21,10 +21,10 @@ from scipy.ndimage import gaussian_filter
 import predict
 
 N, SHOWN = 128, 8
-SETTINGS = [(0.75, 0), (0.9, 0), (1, 0), (0.75, 0.5), (0.9, 0.5), (0.6, 1), (0.75, 1), (0.85, 1)]
+SETTINGS = [(0.75, 0), (0.9, 0), (1, 0), (0.75, 0.5), (0.85, 0.5), (0.9, 0.5), (0.6, 1), (0.75, 1)]
 DEFAULT = tuple(predict.parser().get_default(name) for name in ("temperature", "guidance"))
 SETTINGS += [DEFAULT] * (DEFAULT not in SETTINGS)
-PICTURED = [DEFAULT, (0.6, 1), (0.75, 0), (1, 0)]
+PICTURED = [DEFAULT, (0.75, 1), (0.75, 0), (1, 0)]
 
 
 def named(temperature, guidance):

@@ -423,8 +423,13 @@ def test_samples_are_judged_beside_real_slices(run_dir, tmp_path):
     call([*QUICK, *words.split()])
     samples = json.loads((tmp_path / "metrics.json").read_text())["samples"]
     assert samples["judged"] == 8
+    kinds = {"samples", "real", "reconstructions"}
     for name in ("frechet", "precision", "recall", "pairwise_ssim", "wasserstein"):
-        assert set(samples[name]) == {"samples", "real", "reconstructions"}
+        assert set(samples[name]) == kinds
+    # the split's own slices are in it, their reconstructions are not
+    match = samples["best_match_ssim"]
+    assert set(match) == kinds
+    assert match["reconstructions"] < 0.99 < match["real"]
     # slices of the training split are their own nearest neighbours, samples are not
     assert samples["nearest_training_ssim"]["real"] == pytest.approx(1, abs=1e-4)
     assert samples["nearest_training_ssim"]["highest_sample"] < 1

@@ -227,7 +227,7 @@ def test_residual_blocks_have_weights_of_their_own():
 
 def prior(k=7, size=(5, 9), n_classes=0, **options):
     torch.manual_seed(0)
-    options = {"n_channels": 6, "n_layers": 3, "kernel_size": 3, "dropout": 0.0} | options
+    options = {"n_channels": 8, "n_layers": 3, "kernel_size": 3, "dropout": 0.0} | options
     model = GatedPixelCNN(PixelCNNConfig(k, size, n_classes=n_classes, **options)).eval()
     for parameter in model.parameters():  # nothing may hide behind a weight that starts at zero
         parameter.data.normal_(std=0.5)
@@ -246,16 +246,17 @@ def within_reach(i, j, a, b, n_layers, r):
 @pytest.mark.parametrize("kernel_size", [3, 5])
 @pytest.mark.parametrize("mirror", ["none", "rows", "columns"])
 @pytest.mark.parametrize("order", ["rows", "columns"])
-def test_causality_by_gradients_everywhere(size, kernel_size, mirror, order):
+@pytest.mark.parametrize("summary", [False, True])
+def test_causality_by_gradients_everywhere(size, kernel_size, mirror, order, summary):
     """Zero from itself and the future, not from the past in reach: no leak, no blind spot."""
-    options = {"kernel_size": kernel_size, "mirror": mirror, "order": order}
+    options = {"kernel_size": kernel_size, "mirror": mirror, "order": order, "summary": summary}
     model = prior(size=size, n_layers=3, **options).double()
     rows, columns = size
     if order == "columns":  # from here on all is turned, as if each column were a row
         rows, columns = columns, rows
         mirror = {"rows": "columns", "columns": "rows"}.get(mirror)
     # eight inputs, since a ReLU may well hide a way from any one of them
-    embedded = torch.randn(8, rows, columns, 6, dtype=torch.double, requires_grad=True)
+    embedded = torch.randn(8, rows, columns, 8, dtype=torch.double, requires_grad=True)
     model.embedding = torch.nn.Module()
     model.embedding.forward = lambda codes: embedded
     logits = model(torch.zeros(8, *size, dtype=torch.long))
@@ -274,7 +275,11 @@ def test_causality_by_gradients_everywhere(size, kernel_size, mirror, order):
         for a, b in np.ndindex(rows, columns):
             if (a, b) >= (i, j):
                 assert not seen[a, b], f"{(i, j)} sees {(a, b)}"
-            elif within_reach(i, j, a, b, 3, kernel_size // 2) or is_near_image(i, j, a, b):
+            elif (
+                within_reach(i, j, a, b, 3, kernel_size // 2)
+                or is_near_image(i, j, a, b)
+                or (summary and a < i)
+            ):
                 assert seen[a, b], f"{(i, j)} is blind to {(a, b)}"
 
 
@@ -282,8 +287,9 @@ def test_causality_by_gradients_everywhere(size, kernel_size, mirror, order):
 @pytest.mark.parametrize("size", [(5, 9), (9, 5), (7, 11), (1, 6), (6, 1)])
 @pytest.mark.parametrize("mirror", ["none", "rows", "columns"])
 @pytest.mark.parametrize("order", ["rows", "columns"])
-def test_cached_logits_equal_the_full_pass(size, kernel_size, mirror, order):
-    options = {"kernel_size": kernel_size, "mirror": mirror, "order": order}
+@pytest.mark.parametrize("summary", [False, True])
+def test_cached_logits_equal_the_full_pass(size, kernel_size, mirror, order, summary):
+    options = {"kernel_size": kernel_size, "mirror": mirror, "order": order, "summary": summary}
     model = prior(size=size, n_classes=3, **options)
     codes = torch.randint(7, (4, *size))
     label, depth = torch.tensor([0, 2, -1, 1]), torch.tensor([0.3, -1, 1, 0])
@@ -300,7 +306,7 @@ def test_cached_logits_equal_the_full_pass(size, kernel_size, mirror, order):
 @pytest.mark.parametrize("mirror", ["none", "rows", "columns"])
 @pytest.mark.parametrize("order", ["rows", "columns"])
 def test_probabilities_of_all_grids_sum_to_one(mirror, order):
-    model = prior(k=2, size=(2, 3), mirror=mirror, order=order).double()
+    model = prior(k=2, size=(2, 3), mirror=mirror, order=order, summary=True).double()
     grids = torch.tensor(list(itertools.product([0, 1], repeat=6))).view(-1, 2, 3)
     log_p = -F.cross_entropy(model(grids), grids, reduction="none").sum((1, 2))
     assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-9)
@@ -319,13 +325,16 @@ def test_probabilities_of_all_grids_sum_to_one(mirror, order):
         {"mirror": "rows"},
         {"mirror": "columns"},
         {"mirror": "rows", "order": "columns"},
+        {"summary": True},
+        {"summary": True, "mirror": "rows", "order": "columns"},
     ],
     ids=str,
 )
 def test_sampled_frequencies_match_the_exact_distribution(options):
     options, n = options.copy(), 20000
     k = 2 if "top_k" not in options else 3
-    kind = {name: options.pop(name) for name in ("mirror", "order") if name in options}
+    kind = {name: options.pop(name) for name in ("mirror", "order", "summary")
+            if name in options}  # fmt: skip
     model = prior(k=k, size=(2, 3), n_classes=2, **kind)
     grids = torch.tensor(list(itertools.product(range(k), repeat=6))).view(-1, 2, 3)
     known = [
@@ -386,7 +395,7 @@ def test_a_grid_with_a_generator_of_its_own_does_not_depend_on_the_batch():
 @pytest.mark.parametrize("order", ["rows", "columns"])
 def test_given_codes_are_kept_and_seen(guidance, mirror, order):
     """Whether the hidden ones come last or lie in the middle."""
-    model = prior(k=5, n_classes=3, mirror=mirror, order=order)
+    model = prior(k=5, n_classes=3, mirror=mirror, order=order, summary=True)
     label, depth = torch.tensor([0, 1, 2]), torch.rand(3)
     for hidden in (np.s_[:, 2:], np.s_[:, 1:3, 2:6]):
         given = torch.randint(5, (3, 5, 9))

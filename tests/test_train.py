@@ -475,12 +475,13 @@ def test_a_prior_from_before_there_were_mirrors_and_orders_goes_on(data, run_dir
 
 
 def test_a_run_of_an_older_preset_goes_on_as_it_began(data, run_dir, tmp_path):
-    """A prior begun with Adam, averaged weights and as many updates as its preset had."""
+    """A prior begun with Adam, averaged weights, no summary, and as many updates as it had then."""
     run = tmp_path / "run"
     shutil.copytree(run_dir, run)
     code = (
         "import train, utils\n"
-        "settings = train.PRESETS['demo']['pixelcnn']['train']\n"
+        "model, settings = train.PRESETS['demo']['pixelcnn'].values()\n"
+        "model['summary'] = False\n"
         "settings |= {'n_updates': 9, 'log_interval': 3, 'optimizer': 'adam', 'average': 0.9}\n"
         "utils.run_main(train.main)\n"
     )
@@ -490,14 +491,14 @@ def test_a_run_of_an_older_preset_goes_on_as_it_began(data, run_dir, tmp_path):
     call(["-c", code, *flags, "--n_updates", "9"])
     path = run / "pixelcnn" / "config.json"
     config = json.loads(path.read_text())
-    del config["train"]["optimizer"]  # as before format 4
+    del config["train"]["optimizer"], config["model"]["summary"]  # as before format 4
     path.write_text(json.dumps(config))
     out, _ = call(["train.py", *flags])
     assert "is finished: 9 updates" in out
     call(["train.py", *flags, "--n_updates", "12"])
-    config = json.loads(path.read_text())["train"]
-    kept = [config[name] for name in ("n_updates", "log_interval", "optimizer", "average")]
-    assert kept == [12, 3, "adam", 0.9]
+    config = json.loads(path.read_text())
+    kept = [config["train"][name] for name in ("n_updates", "log_interval", "optimizer", "average")]
+    assert [*kept, config["model"]["summary"]] == [12, 3, "adam", 0.9, False]
 
 
 @pytest.mark.parametrize("stage", ["vq_vae", "pixelcnn"])
