@@ -394,8 +394,6 @@ class PixelCNNConfig:
             raise ValueError(f"order must be 'rows' or 'columns', not {self.order!r}")
         if self.n_layers < 1:
             raise ValueError(f"n_layers must be at least 1, not {self.n_layers}")
-        if self.summary and self.n_channels % Summary.HEADS:
-            raise ValueError(f"n_channels must divide by {Summary.HEADS}, not {self.n_channels}")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
         if not 0 <= self.dropout < 1:
@@ -511,13 +509,12 @@ class Summary(nn.Module):
     mean of its own over the codes so far, weighted by what they are: attention without queries.
     """
 
-    HEADS = 4
-
     def __init__(self, config):
         super().__init__()
         c = config.n_channels
+        self.n_heads = math.gcd(c, 4)
         self.values = nn.Conv2d(c, c, 1)
-        self.weights = nn.Conv2d(c, self.HEADS, 1)
+        self.weights = nn.Conv2d(c, self.n_heads, 1)
         self.inner = nn.Conv2d(c, c, 1)
         self.out = nn.Conv2d(c, c, 1)
 
@@ -526,16 +523,16 @@ class Summary(nn.Module):
         return self.told(F.pad(self.of_lines(e).cumsum(2), (0, 0, 1, 0))[:, :, :-1])
 
     def of_lines(self, e):
-        """Embeddings (B, C, h, w) -> sums over each line (B, C + HEADS, h, 1)."""
+        """Embeddings (B, C, h, w) -> sums over each line (B, C + n_heads, h, 1)."""
         weights = self.weights(e).clamp(max=8).exp()
-        share = weights.repeat_interleave(e.shape[1] // self.HEADS, 1)
+        share = weights.repeat_interleave(e.shape[1] // self.n_heads, 1)
         parts = torch.cat([share * self.values(e), weights], 1)
         return parts.sum(3, keepdim=True, dtype=e.dtype)
 
     def told(self, sums):
-        """Sums over the lines so far (B, C + HEADS, h, 1) -> (B, C, h, 1)."""
-        total, weights = sums[:, : -self.HEADS], sums[:, -self.HEADS :]
-        share = weights.repeat_interleave(total.shape[1] // self.HEADS, 1)
+        """Sums over the lines so far (B, C + n_heads, h, 1) -> (B, C, h, 1)."""
+        total, weights = sums[:, : -self.n_heads], sums[:, -self.n_heads :]
+        share = weights.repeat_interleave(total.shape[1] // self.n_heads, 1)
         return self.out(F.relu(self.inner(total / (share + 1e-3))))
 
 
@@ -748,7 +745,8 @@ class GatedPixelCNN(nn.Module):
         inner = gated[:, :c]  # the last column multiplies the bias
         hidden, last = ((conv.weight.flatten(1), conv.bias) for conv in self.head[1::2])
         previous_row = torch.zeros(n, c, columns, **like)
-        sums = torch.zeros(n, c + Summary.HEADS, 1, 1, **like)  # over the rows so far
+        if self.summary is not None:
+            sums = torch.zeros(n, c + self.summary.n_heads, 1, 1, **like)  # over the rows so far
         for i in range(rows):
             if axis == 2 and i == rows - rows // 2:
                 atlas = atlas + self.mirror(self._known(codes))

@@ -96,7 +96,8 @@ def architecture(vq_vae, prior, size, path):
     n_layers = prior.config.n_layers
     grid, lines = (" x ".join(map(str, n)) for n in (prior.config.size, prior.config.lines))
     first = "embeddings\nof the codes" + ("" if grid == lines else ",\nturned")
-    before = "a code before" + (",\n+ mirror image" if prior.mirror else "")
+    summary = "\n+ summary" if prior.summary else ""
+    mirror = " + mirror" if prior.mirror else ""
     rows = [
         ("encoder", [("slice", f"1 x {size[0]} x {size[1]}"), *encoder], "#cfe3f5"),
         ("vector quantiser", [
@@ -106,12 +107,12 @@ def architecture(vq_vae, prior, size, path):
         ("decoder", [("vectors of\nthe codes", f"{z.shape[1]} x {grid}"), *decoder], "#d5efd2"),
         ("prior, vertical", [
             (first, f"{c} x {lines}"),
-            ("a line before,\n+ atlas", f"{c} x {lines}"),
+            (f"a line before,\n+ atlas{summary}", f"{c} x {lines}"),
             (f"{n_layers} x: {k // 2 + 1} x {k}\nconv, gate", f"{c} x {lines}"),
         ], "#ecd6ee"),
         ("prior, horizontal", [
             (first, f"{c} x {lines}"),
-            (f"{before},\n+ atlas", f"{c} x {lines}"),
+            (f"a code before,\n+ atlas{mirror}{summary}", f"{c} x {lines}"),
             (f"{n_layers} x: 1 x {k // 2 + 1} conv,\n+ vertical, gate", f"{c} x {lines}"),
             ("2 conv 1 x 1", f"{prior.config.n_embeddings} x {lines}"),
             ("p(code | codes\nbefore it)", f"{prior.config.n_embeddings} x {grid}"),

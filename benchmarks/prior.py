@@ -211,8 +211,10 @@ def drawn(data, run_dir, kind, n, settings):
     of_held = metrics.features(vq_vae, held, device)
     is_turned = harness.train.evener_axis(data["train"]) == "columns"
     sets = {"samples": made, "real": real, "reconstructed": metrics.through(vq_vae, real, device)}
-    apart, steps, rows = {}, {}, {}
+    apart, steps, light, rows = {}, {}, {}, {}
     for name, images in sets.items():
+        bodies = [metrics.body_mask(image) for image in images]
+        light[name] = [x[body].mean() for x, body in zip(images, bodies, strict=True) if body.any()]
         upright = [image.T if is_turned else image for image in images]
         apart[name] = [temperature.halves_differ(image) for image in upright]
         steps[name] = np.array([temperature.outline_step(image) for image in upright])
@@ -224,6 +226,7 @@ def drawn(data, run_dir, kind, n, settings):
             "halves_differ": float(np.mean(apart[name])),
             "standard_error": float(np.std(apart[name]) / n**0.5),
             "outline_breaks": float((steps[name] > largest).mean()),
+            "spread_of_brightness": float(np.std(light[name])),
             "frechet": float(metrics.frechet_distance(features, of_held)),
             "precision": float(precision),
             "recall": float(recall),

@@ -2,8 +2,8 @@
 
     python benchmarks/reach.py --run_dir runs/demo
 
-In each test slice, the lines of codes more than so many before the last part (drawn row by row, the
-last 12 of 32 in the phantom: one of two hips) are replaced by those of another patient's slice at
+In each test slice, the lines of codes more than so many before the last part (drawn column by
+column, the last 6 of 16 in the phantom) are replaced by those of another patient's slice at
 the same place of its volume. If the prior used them, the codes of the last part would cost more
 bits. Writes benchmarks/results/OUT.json.
 """
@@ -53,7 +53,7 @@ def main():
         return lines(harness.metrics.code_bits(prior, grids, *given, device))[:, first:]
 
     own, rows = bits(codes), {}
-    for gap in GAPS:
+    for gap in (gap for gap in GAPS if gap < first):
         mixed = codes.clone()
         lines(mixed)[:, : first - gap] = lines(codes[others(split)])[:, : first - gap]
         more = (bits(mixed) - own).mean((1, 2), dtype=np.float64)

@@ -106,8 +106,10 @@ def reach():
         text = f"{row['more_bits_per_code']:.4f} ({low:.4f} to {high:.4f})"
         return text.replace("-0.0000", "0.0000")
 
-    rows = [[gap, cell(row)] for gap, row in results("reach")["rows"].items()]
-    return table(["rows between that stay", "more bits per code (95 %)"], rows)
+    found = [results(name)["rows"] for name in ("reach_without", "reach")]
+    rows = [[gap, *(cell(rows[gap]) for rows in found)] for gap in found[0]]
+    head = ["lines between that stay", "more bits per code (95 %), no summary", "with it"]
+    return table(head, rows)
 
 
 RUNS = ["demo", "brain"]
@@ -160,8 +162,8 @@ def prior_ablation():
     )  # fmt: skip
 
 
-def drawn():
-    rows, found = [], results("drawn")["rows"]
+def drawn(file="drawn"):
+    rows, found = [], results(file)["rows"]
     sets = [
         (f"samples, {name}", row["drawn"]["samples"], f"{row['bits_per_code']:.3f}")
         for name, row in found.items()
@@ -170,11 +172,15 @@ def drawn():
     for kind, row, bits in sets:
         halves = f"{row['halves_differ']:.3f} +- {row['standard_error']:.3f}"
         broken = f"{100 * row['outline_breaks']:.1f} %"
-        others = (f"{row[key]:.3f}" for key in ("frechet", "precision", "recall"))
-        rows.append([kind, bits, halves, broken, *others])
-    head = ["slices", "bits per code, test", "halves differ", "outline breaks", "Fréchet",
-            "precision", "recall"]  # fmt: skip
+        keys = ("spread_of_brightness", "frechet", "precision", "recall")
+        rows.append([kind, bits, halves, broken, *(f"{row[key]:.3f}" for key in keys)])
+    head = ["slices", "bits per code, test", "halves differ", "outline breaks",
+            "spread of brightness", "Fréchet", "precision", "recall"]  # fmt: skip
     return table(head, rows)
+
+
+def drawn_brain():
+    return drawn("drawn_brain")
 
 
 def pca():
@@ -301,8 +307,8 @@ TABLES = {
     f.__name__: f
     for f in (
         reconstruction, samples, bits, seconds, reach, vq_vae, ablation, pca, prior,
-        prior_ablation, drawn, sampling, quantizer, runs, presets, temperature, classes, limit,
-        blind, flags_train, flags_predict,
+        prior_ablation, drawn, drawn_brain, sampling, quantizer, runs, presets, temperature,
+        classes, limit, blind, flags_train, flags_predict,
     )
 }  # fmt: skip
 

@@ -438,6 +438,23 @@ def test_guidance_exaggerates_what_label_and_depth_change(most, monkeypatch):
     assert torch.equal(unguided, nothing_to_guide)
 
 
+def test_a_summary_is_the_weighted_mean_of_the_lines_before():
+    """As a loop over lines, heads and codes has it; and the first line has none to go by."""
+    model = prior(summary=True, n_channels=12).double()
+    summary, e = model.summary, torch.randn(2, 12, 5, 9, dtype=torch.double)
+    told = summary(e)
+    value, weight = summary.values(e), summary.weights(e).exp()
+    for i in range(5):
+        mean = torch.zeros(2, 12, 1, 1, dtype=torch.double)
+        for head in range(4):
+            own = slice(3 * head, 3 * head + 3)
+            w = weight[:, head : head + 1, :i]
+            total = (w * value[:, own, :i]).sum((2, 3))
+            mean[:, own, 0, 0] = total / (w.sum((2, 3)) + 1e-3)
+        expected = summary.out(summary.inner(mean).relu())
+        torch.testing.assert_close(told[:, :, i : i + 1], expected)
+
+
 def test_what_cannot_be_drawn_is_refused():
     model = prior(n_classes=2)
     too_high = torch.full((1, 5, 9), 7)
