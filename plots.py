@@ -93,10 +93,12 @@ def _panels(rows, columns, size, width=1.15):
     return figure, axes
 
 
-def _bar(axes, label="intensity (1: 99.5th percentile)", extend="neither"):
+def _bar(axes, label="intensity\n(1: 99.5th percentile)", extend="neither"):
     """A colour bar beside a row of axes, of the image in the first of them."""
-    options = {"label": label, "extend": extend, "fraction": 0.05, "aspect": 12}
-    axes[0].figure.colorbar(axes[0].images[0], ax=axes, **options)
+    options = {"extend": extend, "fraction": 0.05, "aspect": 12}
+    bar = axes[0].figure.colorbar(axes[0].images[0], ax=axes, **options)
+    bar.set_label(label, fontsize=7)
+    bar.ax.tick_params(labelsize=7)
 
 
 def reconstructions(x, x_hat, titles, path, config, protocol):
