@@ -162,6 +162,18 @@ def prior_ablation():
     )  # fmt: skip
 
 
+def dropout():
+    return table(
+        ["data", "change", "updates", "bits per code, validation", "test"],
+        [
+            [found["data"], name, row["updates"], f"{row['validate_bits_per_code']:.3f}",
+             f"{row['bits_per_code']:.3f}"]
+            for found in map(results, ("dropout", "dropout_brain"))
+            for name, row in found["rows"].items()
+        ],
+    )  # fmt: skip
+
+
 def drawn(file="drawn"):
     rows, found = [], results(file)["rows"]
     sets = [
@@ -307,8 +319,8 @@ TABLES = {
     f.__name__: f
     for f in (
         reconstruction, samples, bits, seconds, reach, vq_vae, ablation, pca, prior,
-        prior_ablation, drawn, drawn_brain, sampling, quantizer, runs, presets, temperature,
-        classes, limit, blind, flags_train, flags_predict,
+        prior_ablation, dropout, drawn, drawn_brain, sampling, quantizer, runs, presets,
+        temperature, classes, limit, blind, flags_train, flags_predict,
     )
 }  # fmt: skip
 
