@@ -19,7 +19,6 @@ figures: $(VENV)/.installed
 ifdef BRAIN
 	$(BIN)/python benchmarks/demo.py --data $(BRAIN) --out brain
 	$(BIN)/python benchmarks/classes.py --run_dir runs/brain
-	$(BIN)/python benchmarks/limit.py --run_dir runs/brain
 	$(BIN)/python benchmarks/ablation.py --data $(BRAIN) --seconds 60 --out collapse \
 		--picture collapse --rows demo "no k-means, no revival"
 endif

@@ -288,14 +288,6 @@ def blind():
     )  # fmt: skip
 
 
-def limit():
-    rows = results("limit")["rows"]
-    return table(
-        ["slices", "with a patch of light in the air"],
-        [[name, f"{row['with_a_patch']} of {row['slices']}"] for name, row in rows.items()],
-    )
-
-
 def flags(parser):
     formatter, rows = parser._get_formatter(), []
     for action in parser._actions:
@@ -320,7 +312,7 @@ TABLES = {
     for f in (
         reconstruction, samples, bits, seconds, reach, vq_vae, ablation, pca, prior,
         prior_ablation, dropout, drawn, drawn_brain, sampling, quantizer, runs, presets,
-        temperature, classes, limit, blind, flags_train, flags_predict,
+        temperature, classes, blind, flags_train, flags_predict,
     )
 }  # fmt: skip
 
