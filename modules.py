@@ -383,8 +383,8 @@ class PixelCNNConfig:
     n_classes: int = 0  # number of labels; 0 for none
     n_depths: int = 8  # places along a volume between which the atlas of `GatedPixelCNN` is mixed
     mirror: str = "none"  # or "rows", "columns": their second half also sees the first one, flipped
-    summary: bool = False  # whether each line is told what those before it are like on the whole
     order: str = "rows"  # or "columns": which of the two follow one another as codes are drawn
+    summary: bool = False  # whether each line is told what those before it are like on the whole
 
     def __post_init__(self):
         object.__setattr__(self, "size", tuple(self.size))
