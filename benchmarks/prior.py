@@ -325,8 +325,9 @@ def main():
     for name, value in zip(("temperature", "guidance"), temperature.DEFAULT, strict=True):
         p.add_argument(f"--{name}", type=float, default=value, metavar="X", help="of --draw")
     p.add_argument("--keep", metavar="DIR", help="folder for the trained runs, one for each row")
-    text = "rows to run; several changes at once are joined by ' + '"
-    p.add_argument("--rows", nargs="+", default=list(ROWS), help=text)
+    text = "rows to run (default: all but the orders); several changes are joined by ' + '"
+    default = [row for row in ROWS if "--order" not in ROWS[row]]
+    p.add_argument("--rows", nargs="+", default=default, help=text)
     p.add_argument("--out", default="prior_ablation", help="name of the file of results")
     args = p.parse_args()
     if unknown := {c for row in args.rows for c in row.split(" + ")} - set(ROWS):

@@ -38,6 +38,7 @@ def main():
         options = train.PRESETS["demo"]["pixelcnn"]["model"] | of_hipmri
         model = GatedPixelCNN(PixelCNNConfig(512, size, **options)).eval()
         model.mirror[-1].weight.normal_(std=0.05)
+        model.summary.out.weight.normal_(std=0.05)
         for layer in model.layers:  # a fresh layer is the identity, which would hide an error
             layer.v_out.weight.normal_(std=0.05)
             layer.h_out.weight.normal_(std=0.05)

@@ -409,7 +409,7 @@ def test_given_codes_are_kept_and_seen(guidance, mirror, order):
 
 
 def test_the_order_of_the_codes_is_only_a_matter_of_names_to_the_prior():
-    model = prior(k=7)
+    model = prior(k=7, mirror="rows", summary=True)
     codes = torch.randint(7, (2, 5, 9))
     logits = model(codes)
     order = torch.randperm(7)
