@@ -697,9 +697,8 @@ def judge_samples(call, images, rest, learned):
             file=sys.stderr,
         )
 
-    made = images[:n]
-    seen = {"samples": made, "real": train}
-    seen["reconstructions"] = metrics.through(vq_vae, train, device)
+    made, blurred = images[:n], metrics.through(vq_vae, train, device)
+    seen = {"samples": made, "real": train, "reconstructions": blurred}
     features = {name: metrics.features(vq_vae, x, device) for name, x in seen.items()}
     of_held = metrics.features(vq_vae, held, device)
     result["judged"] = n
@@ -722,7 +721,7 @@ def judge_samples(call, images, rest, learned):
         made, coded, held_groups, seed=seed, desc="telling samples from real"
     )
     yardstick, _ = metrics.two_sample_accuracy(
-        seen["reconstructions"], coded, held_groups, train_groups, seed, desc="real from real"
+        blurred, coded, held_groups, train_groups, seed, desc="real from real"
     )
     result["two_sample_accuracy"] = {
         "samples": accuracy, "samples_ci95": interval, "real": yardstick,
